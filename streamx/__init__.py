@@ -1,0 +1,39 @@
+"""streamx: integrate and map single-cell atlases that don't fit in memory."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+__version__ = "0.1.0"
+
+# name -> module that holds it; imported on first use, so that `import streamx` costs nothing.
+_PUBLIC: dict[str, str] = {
+    "open": "streamx.store.collection:open_collection",
+    "convert": "streamx.store.convert:convert",
+    "verify": "streamx.store.verify:verify",
+    "annotate": "streamx.store.annotate:annotate",
+    "preprocess": "streamx.preprocess.run:preprocess",
+    "Loader": "streamx.loader.loader:Loader",
+    "train": "streamx.train.run:train",
+    "project": "streamx.project:project",
+    "transfer": "streamx.mapping:transfer",
+    "metrics": "streamx.mapping:metrics",
+    "integrate": "streamx.integrate:integrate",
+    "SCALEX": "streamx.integrate:SCALEX",
+    "pl": "streamx.plots",
+}
+
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'streamx' has no attribute {name!r}")
+    module, _, attribute = _PUBLIC[name].partition(":")
+    value = import_module(module)
+    return getattr(value, attribute) if attribute else value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
