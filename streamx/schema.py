@@ -82,15 +82,14 @@ def align(names: Iterable[str], target: Iterable[str], strip_versions: bool = Fa
         raise GeneError(f"the target genes hold {twice!r} twice", fix="make the target genes unique")
     columns = np.fromiter((position.get(n, -1) for n in keys), np.int64, len(keys))
     hits = np.bincount(columns[columns >= 0], minlength=len(goal))
+    repeated = {goal_keys[i] for i in np.flatnonzero(hits > 1)}
     return Alignment(
         columns=columns,
         n_target=len(goal),
         found=int((hits > 0).sum()),
         missing=tuple(goal[i] for i in np.flatnonzero(hits == 0)),
         extra=tuple(data[i] for i in np.flatnonzero(columns < 0)),
-        duplicates=tuple(
-            dict.fromkeys(keys[i] for i in np.flatnonzero((columns >= 0) & (hits[columns] > 1)))
-        ),
+        duplicates=tuple(dict.fromkeys(n for n in keys if n in repeated)),
     )
 
 
