@@ -1,0 +1,498 @@
+"""A collection (store or view) opened at one generation: ordered shards as one row space.
+
+Reading is planned over plain row ranges (:func:`plan_reads`) and executed by one short loop.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+from scipy import sparse
+
+from streamx.errors import IntegrityError, UsageError
+from streamx.store.frame import Group, cast, column_names, missing, read_column, read_frame
+from streamx.store.location import Location, open_location
+from streamx.store.manifest import Generation, Part, describe, read_generation, read_part
+
+if TYPE_CHECKING:
+    import anndata
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows start..stop of shard number `shard`."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def plan_reads(ranges: Sequence[tuple[int, int]], shard_starts: np.ndarray) -> list[Read]:
+    """Row ranges of the collection -> row ranges of its shards, in the order asked for. Pure.
+
+    Parameters
+    ----------
+    ranges
+        (start, stop) rows of the collection.
+    shard_starts
+        First row of each shard and, last, the number of rows.
+
+    Raises
+    ------
+    UsageError
+        If a range leaves the collection.
+    """
+    reads: list[Read] = []
+    for start, stop in ranges:
+        if not 0 <= start <= stop <= shard_starts[-1]:
+            raise UsageError(f"rows {start}..{stop}, but there are {shard_starts[-1]}")
+        while start < stop:
+            shard = int(np.searchsorted(shard_starts, start, side="right")) - 1
+            end = min(stop, int(shard_starts[shard + 1]))
+            reads.append(Read(shard, start - int(shard_starts[shard]), end - int(shard_starts[shard])))
+            start = end
+    return reads
+
+
+class Collection:
+    """A store or view, read-only, at the generation that was newest when it was opened.
+
+    Answers AnnData's own names: ``shape, n_obs, n_vars, obs, var, obs_names, var_names``.
+    Reading is thread-safe; contiguous rows are cheap, single rows are not.
+    """
+
+    def __init__(self, place: str | Path | Location) -> None:
+        self.location = open_location(place)
+        self._state: Generation = read_generation(self.location)
+
+    # -- what it is ------------------------------------------------------------------------------------
+
+    @property
+    def path(self) -> Path:
+        return self.location.root
+
+    @property
+    def kind(self) -> str:
+        return self._state.kind
+
+    @property
+    def generation(self) -> int:
+        return self._state.number
+
+    @property
+    def manifest(self) -> Generation:
+        return self._state
+
+    @property
+    def n_obs(self) -> int:
+        return self._state.n_obs
+
+    @property
+    def n_vars(self) -> int:
+        return self._state.n_vars
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.n_obs, self.n_vars
+
+    @property
+    def nnz(self) -> int:
+        return sum(part["nnz"] for part in self._state.parts)
+
+    @property
+    def view(self) -> dict[str, Any] | None:
+        """Of a view: its store, the store's generation, transform and parameters."""
+        return self._state.view
+
+    @property
+    def modalities(self) -> dict[str, dict[str, Any]]:
+        """Dense matrices in the same row order: name -> ``{"names": [...], "measured": {batch: [...]}}``."""
+        return self._state.modalities
+
+    def __repr__(self) -> str:
+        return (
+            f"streamx {self.kind} {str(self.path)!r}, generation {self.generation}: "
+            f"{self.n_obs} cells x {self.n_vars} genes"
+            + (f", {len(self.batches)} batches" if self.batch_key else "")
+        )
+
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        return tuple(read_part(self.location, entry) for entry in self._state.parts)
+
+    @cached_property
+    def part_starts(self) -> np.ndarray:
+        """First row of each part and, last, the number of rows; int64."""
+        return np.concatenate([[0], np.cumsum([part["n_obs"] for part in self._state.parts])]).astype(
+            np.int64
+        )
+
+    @cached_property
+    def sources(self) -> pd.DataFrame:
+        """One row per input file: key, part, n_obs, n_genes, overlap, checksum."""
+        rows = [
+            {"part": part.number} | {k: v for k, v in source.items() if k != "measured"}
+            for part in self.parts
+            for source in part.sources
+        ]
+        return pd.DataFrame(rows)
+
+    # -- genes and cells -------------------------------------------------------------------------------
+
+    @cached_property
+    def var(self) -> pd.DataFrame:
+        frame = read_frame(self._group(0)["var"])
+        frame.index.name = None
+        return frame
+
+    @property
+    def var_names(self) -> pd.Index:
+        return self.var.index
+
+    @cached_property
+    def obs_names(self) -> pd.Index:
+        pieces = [np.asarray(group["_index"][:]) for group in self._obs_groups]
+        return pd.Index(np.concatenate(pieces).astype(object) if pieces else [], dtype=object)
+
+    @property
+    def obs_columns(self) -> list[str]:
+        return list(self._state.obs_schema)
+
+    @cached_property
+    def obs(self) -> pd.DataFrame:
+        """All columns of all cells (read now; :meth:`obs_column` reads one)."""
+        columns = {name: self.obs_column(name).array for name in self.obs_columns}
+        return pd.DataFrame(columns, index=self.obs_names)
+
+    def obs_column(self, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
+        """Rows start..stop of one obs column, in the dtype that the newest generation gives it.
+
+        Raises
+        ------
+        UsageError
+            If there is no such column; lists those there are.
+        """
+        if name not in self._state.obs_schema:
+            raise UsageError(
+                f"no obs column {name!r}", where=str(self.path), fix=f"one of: {', '.join(self.obs_columns)}"
+            )
+        schema = self._state.obs_schema[name]
+        stop = self.n_obs if stop is None else stop
+        pieces = [
+            cast(self._stored(name, piece, low, high, schema), schema)
+            for piece, low, high in self._part_ranges(start, stop)
+        ]
+        if not pieces:
+            return missing(0, schema, name)
+        column = pd.concat(pieces, ignore_index=True)
+        return self._overlaid(column, name, start, stop, schema)
+
+    @property
+    def batch_key(self) -> str | None:
+        return self._state.batch_key
+
+    @property
+    def batches(self) -> list[str]:
+        """Names of the batches; a batch's code is its position here."""
+        if self.batch_key is None:
+            return []
+        return [str(name) for name in self._state.obs_schema[self.batch_key]["categories"]]
+
+    @cached_property
+    def batch_codes(self) -> np.ndarray:
+        """int32, (n_obs,)."""
+        if self.batch_key is None:
+            return np.zeros(self.n_obs, dtype=np.int32)
+        return np.asarray(self.obs_column(self.batch_key).cat.codes, dtype=np.int32)
+
+    @cached_property
+    def measured_bg(self) -> np.ndarray:
+        """bool, (n_batches, n_genes): measured in every file that holds cells of the batch."""
+        measured = np.ones((max(1, len(self.batches)), self.n_vars), dtype=bool)
+        position = {name: code for code, name in enumerate(self.batches)}
+        for part in self.parts:
+            for source in part.sources:
+                mask = unpack_mask(source["measured"], self.n_vars)
+                for batch in source["batches"]:
+                    measured[position.get(batch, 0)] &= mask
+        return measured
+
+    # -- values ----------------------------------------------------------------------------------------
+
+    def read(
+        self, start: int, stop: int, columns: np.ndarray | None = None, dtype: Any = np.float32
+    ) -> sparse.csr_matrix:
+        """Rows start..stop; see :meth:`fetch`."""
+        return self.fetch([(start, stop)], columns, dtype)
+
+    def fetch(
+        self, ranges: Sequence[tuple[int, int]], columns: np.ndarray | None = None, dtype: Any = np.float32
+    ) -> sparse.csr_matrix:
+        """Row ranges, one after the other, as one CSR matrix.
+
+        Parameters
+        ----------
+        ranges
+            (start, stop) rows.
+        columns
+            Gene positions to keep, in the order wanted; None keeps all.
+        dtype
+            Dtype of the values; ``"stored"`` gives the stored unsigned integers (whose arithmetic wraps).
+
+        Raises
+        ------
+        IntegrityError
+            If stored bytes are missing or not those that were written.
+        """
+        blocks = [self._read(read) for read in plan_reads(ranges, self._shard_starts)]
+        n_rows = sum(stop - start for start, stop in ranges)
+        indptr, indices, data = _concatenate(blocks, None if isinstance(dtype, str) else dtype)
+        x_ng = sparse.csr_matrix((n_rows, self.n_vars), dtype=data.dtype)
+        # set directly: the constructor would scan all indices once more
+        x_ng.indptr, x_ng.indices, x_ng.data = indptr, indices, data
+        x_ng.has_sorted_indices = x_ng.has_canonical_format = True
+        return x_ng if columns is None else x_ng[:, np.asarray(columns)]
+
+    def iter_rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
+        """(start, stop) of consecutive blocks."""
+        stop = self.n_obs if stop is None else stop
+        return ((low, min(low + block, stop)) for low in range(start, stop, block))
+
+    def read_obsm(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Rows start..stop of a dense matrix."""
+        if name not in self.modalities:
+            raise UsageError(
+                f"no modality {name!r}",
+                where=str(self.path),
+                fix=f"one of: {', '.join(self.modalities) or 'none'}",
+            )
+        stop = self.n_obs if stop is None else stop
+        width = len(self.modalities[name]["names"])
+        pieces = []
+        for read in plan_reads([(start, stop)], self._shard_starts):
+            group = self._group(read.shard)
+            if f"obsm/{name}" in group:
+                pieces.append(np.asarray(group[f"obsm/{name}"][read.start : read.stop]))
+            else:
+                pieces.append(np.zeros((read.stop - read.start, width), dtype=np.float32))
+        return np.concatenate(pieces) if pieces else np.zeros((0, width), dtype=np.float32)
+
+    def table(self, name: str) -> np.ndarray | None:
+        """An array kept with the generation, or None."""
+        key = self._state.tables.get(name)
+        if key is None:
+            return None
+        data = self.location.read(key)
+        if describe(data) != list(self._state.objects[key]):
+            raise IntegrityError("bytes are not those that were written", where=f"{self.path}/{key}")
+        return np.load(io.BytesIO(data), allow_pickle=False)
+
+    @cached_property
+    def scale_bg(self) -> np.ndarray | None:
+        """Of a view: float32, (n_batches, n_genes), what each value is divided by after the transform."""
+        return self.table("scale_bg")
+
+    # -- out of here -----------------------------------------------------------------------------------
+
+    def to_anndata(self, lazy: bool = False) -> anndata.AnnData:
+        """All of it as one AnnData; `lazy` leaves X on disk, as a dask array of CSR blocks."""
+        import anndata
+
+        x: Any = self._dask() if lazy else self.read(0, self.n_obs)
+        adata = anndata.AnnData(X=x, obs=self.obs.copy(), var=self.var.copy())
+        for name, modality in self.modalities.items():
+            adata.obsm[name] = pd.DataFrame(
+                self.read_obsm(name), index=adata.obs_names, columns=modality["names"]
+            )
+        return adata
+
+    def _dask(self, rows: int = 1 << 16) -> Any:
+        import dask.array as da
+        from dask import delayed
+
+        blocks = [
+            da.from_delayed(
+                delayed(self.read)(low, high),
+                shape=(high - low, self.n_vars),
+                dtype=np.float32,
+                meta=sparse.csr_matrix((0, 0), dtype=np.float32),
+            )
+            for low, high in self.iter_rows(rows)
+        ]
+        return da.concatenate(blocks, axis=0)
+
+    def summary(self) -> dict[str, Any]:
+        """Cells, genes, batches, dtypes, bytes: what ``streamx info`` shows."""
+        n_bytes = sum(size for part in self.parts for size, _ in part.objects.values())
+        shards = [shard for part in self.parts for shard in part.shards]
+        group = self._group(0) if shards else None
+        return {
+            "kind": self.kind,
+            "generation": self.generation,
+            "n_cells": self.n_obs,
+            "n_genes": self.n_vars,
+            "n_batches": len(self.batches),
+            "batch_key": self.batch_key,
+            "batches": dict(
+                zip(
+                    self.batches,
+                    np.bincount(
+                        self.batch_codes[self.batch_codes >= 0], minlength=len(self.batches)
+                    ).tolist(),
+                    strict=True,
+                )
+            ),
+            "n_shards": len(shards),
+            "nnz": self.nnz,
+            "value_dtype": str(group["X/data"].dtype) if group else None,
+            "index_dtype": str(group["X/indices"].dtype) if group else None,
+            "bytes": n_bytes,
+            "bytes_per_cell": round(n_bytes / max(1, self.n_obs), 1),
+            "obs_columns": self.obs_columns,
+            "modalities": {name: len(modality["names"]) for name, modality in self.modalities.items()},
+            "view": self.view,
+        }
+
+    # -- inside ----------------------------------------------------------------------------------------
+
+    @cached_property
+    def _shard_starts(self) -> np.ndarray:
+        sizes = [shard.n_obs for part in self.parts for shard in part.shards]
+        return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
+
+    @cached_property
+    def _shard_paths(self) -> list[tuple[str, frozenset[str]]]:
+        return [(shard.path, frozenset(part.objects)) for part in self.parts for shard in part.shards]
+
+    @cached_property
+    def _groups(self) -> dict[int, Group]:
+        return {}
+
+    @cached_property
+    def _indptr(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def _group(self, shard: int) -> Group:
+        if shard not in self._groups:
+            path, expected = self._shard_paths[shard]
+            self._groups[shard] = _open_group(self.location, path, expected)
+        return self._groups[shard]
+
+    @cached_property
+    def _obs_groups(self) -> list[Group]:
+        return [_open_group(self.location, part.obs_path, frozenset(part.objects)) for part in self.parts]
+
+    def _part_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        for piece in range(len(self.parts)):
+            first, last = int(self.part_starts[piece]), int(self.part_starts[piece + 1])
+            low, high = max(start, first), min(stop, last)
+            if low < high:
+                yield piece, low - first, high - first
+
+    def _stored(self, name: str, piece: int, low: int, high: int, schema: dict[str, Any]) -> pd.Series:
+        group = self._obs_groups[piece]
+        if name not in column_names(group):
+            return missing(high - low, schema, name)
+        with self._integrity(f"obs/{name}"):
+            return read_column(group, name, low, high)
+
+    def _overlaid(
+        self, column: pd.Series, name: str, start: int, stop: int, schema: dict[str, Any]
+    ) -> pd.Series:
+        """The column with later annotations over it."""
+        for overlay in self._state.overlays:
+            if name in overlay["columns"] and start < overlay["n_obs"]:
+                group = _open_group(self.location, overlay["path"], frozenset(self._state.objects))
+                high = min(stop, overlay["n_obs"])
+                new = cast(read_column(group, name, start, high), schema)
+                column = pd.concat([new, column.iloc[high - start :]], ignore_index=True)
+        return column
+
+    def _read(self, read: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """indptr (from 0), indices, data of some rows of one shard."""
+        group = self._group(read.shard)
+        with self._integrity(self._shard_paths[read.shard][0]):
+            indptr = self._indptr.get(read.shard)
+            if indptr is None:
+                indptr = self._indptr[read.shard] = np.asarray(group["X/indptr"][:], dtype=np.int64)
+            values = slice(int(indptr[read.start]), int(indptr[read.stop]))
+            indices = np.asarray(group["X/indices"][values])
+            data = np.asarray(group["X/data"][values])
+        return indptr[read.start : read.stop + 1] - values.start, indices, data
+
+    def _integrity(self, what: str) -> Any:
+        return _Integrity(f"{self.path}/{what}")
+
+
+class _Integrity:
+    """zarr's and numcodecs' many words for damaged bytes, as one."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, Exception) and not isinstance(error, (IntegrityError, MemoryError, UsageError)):
+            raise IntegrityError(
+                f"stored bytes are damaged ({type(error).__name__}: {error})",
+                where=self.where,
+                fix="`streamx verify` names the objects; restore them from a copy, or convert again",
+            ) from error
+
+
+def _open_group(location: Location, path: str, expected: frozenset[str]) -> Group:
+    import zarr
+
+    with _Integrity(f"{location}/{path}"):
+        return zarr.open_group(location.zarr(path, expected), mode="r", zarr_format=3)
+
+
+def _concatenate(
+    blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]], dtype: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not blocks:
+        return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, dtype or np.float32)
+    ends = np.cumsum([block[0][-1] for block in blocks])
+    index_type = np.int64 if ends[-1] > np.iinfo(np.int32).max else np.int32
+    starts = ends - [block[0][-1] for block in blocks]
+    indptr = np.concatenate(
+        [[0], *(block[0][1:] + start for block, start in zip(blocks, starts, strict=True))]
+    )
+    indices = np.concatenate([block[1] for block in blocks]).astype(index_type)
+    data = np.concatenate([block[2] for block in blocks])
+    return indptr.astype(index_type), indices, data if dtype is None else data.astype(dtype, copy=False)
+
+
+def pack_mask(mask_g: np.ndarray) -> str:
+    """A boolean array as text."""
+    import base64
+
+    return base64.b64encode(np.packbits(mask_g).tobytes()).decode()
+
+
+def unpack_mask(text: str, n: int) -> np.ndarray:
+    import base64
+
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n).astype(bool)
+
+
+def open_collection(place: str | Path | Location) -> Collection:
+    """Open a store or a view (``sx.open``).
+
+    Raises
+    ------
+    IncompleteError
+        If it was not finished.
+    BadFileError
+        If this is no collection.
+    """
+    return Collection(place)

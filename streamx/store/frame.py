@@ -1,0 +1,98 @@
+"""Data frames of AnnData-Zarr, read column by column, and the schema that unites their dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+Group = Any  # a zarr.Group; zarr's own types say `Array | Group` of every member
+
+
+def read_column(group: Group, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
+    """Rows start..stop of one column, in its pandas dtype."""
+    node = group[name]
+    rows = slice(start, stop)
+    encoding = node.attrs.get("encoding-type")
+    if encoding == "categorical":
+        categories = pd.Index(_plain(node["categories"], slice(None)))
+        codes = np.asarray(node["codes"][rows])
+        values: Any = pd.Categorical.from_codes(
+            codes, categories, ordered=bool(node.attrs.get("ordered", False))
+        )
+    elif encoding in ("nullable-integer", "nullable-boolean"):
+        stored, mask = np.asarray(node["values"][rows]), np.asarray(node["mask"][rows], dtype=bool)
+        integer = encoding == "nullable-integer"
+        values = (
+            pd.arrays.IntegerArray(stored, mask)
+            if integer
+            else pd.arrays.BooleanArray(stored.astype(bool), mask)
+        )
+    else:
+        values = _plain(node, rows)
+    return pd.Series(values, name=name)
+
+
+def _plain(array: Any, rows: slice) -> np.ndarray:
+    values = np.asarray(array[rows])
+    return values.astype(object) if values.dtype.kind in "TUO" else values
+
+
+def column_names(group: Group) -> list[str]:
+    return [str(name) for name in group.attrs["column-order"]]
+
+
+def read_frame(group: Group, start: int = 0, stop: int | None = None) -> pd.DataFrame:
+    """All columns of rows start..stop."""
+    index = pd.Index(_plain(group["_index"], slice(start, stop)), dtype=object)
+    columns = {name: read_column(group, name, start, stop).array for name in column_names(group)}
+    return pd.DataFrame(columns, index=index)
+
+
+def obs_schema(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """column -> dtype and, for a categorical, its categories in the order of their codes."""
+    schema: dict[str, dict[str, Any]] = {}
+    for name in frame.columns:
+        dtype = frame[name].dtype
+        if isinstance(dtype, pd.CategoricalDtype):
+            categories = [item.item() if isinstance(item, np.generic) else item for item in dtype.categories]
+            schema[str(name)] = {"dtype": "category", "categories": categories}
+        else:
+            schema[str(name)] = {"dtype": "string" if dtype == np.dtype(object) else str(dtype)}
+    return schema
+
+
+def cast(column: pd.Series, schema: dict[str, Any]) -> pd.Series:
+    """A part's column in the dtype of the whole: codes stay, since categories only grow; numbers widen."""
+    dtype = schema["dtype"]
+    if dtype == "category":
+        whole = pd.Index(schema["categories"])
+        if isinstance(column.dtype, pd.CategoricalDtype):
+            if len(whole) >= len(column.cat.categories) and list(column.cat.categories) == list(
+                whole[: len(column.cat.categories)]
+            ):
+                return pd.Series(pd.Categorical.from_codes(column.cat.codes, whole), name=column.name)
+            return column.astype(pd.CategoricalDtype(whole))
+        text = (
+            column.astype(object)
+            .where(column.notna(), None)
+            .map(lambda value: value if value is None else str(value))
+        )
+        return pd.Series(pd.Categorical(text, categories=whole), name=column.name)
+    if dtype == "string":
+        return column.astype(object).where(column.notna(), "").astype(str).astype(object)
+    return column if str(column.dtype) == dtype else column.astype(dtype)
+
+
+def missing(n: int, schema: dict[str, Any], name: str) -> pd.Series:
+    """A column of n missing values."""
+    dtype = schema["dtype"]
+    if dtype == "category":
+        return pd.Series(pd.Categorical.from_codes(np.full(n, -1), pd.Index(schema["categories"])), name=name)
+    if dtype == "string":
+        return pd.Series([""] * n, dtype=object, name=name)
+    if dtype.startswith("float"):
+        return pd.Series(np.full(n, np.nan, dtype=dtype), name=name)
+    nullable = {"bool": "boolean"}.get(dtype, dtype[0].upper() + dtype[1:] if dtype[0] in "iu" else dtype)
+    return pd.Series(pd.array([pd.NA] * n, dtype=nullable.replace("Uint", "UInt")), name=name)

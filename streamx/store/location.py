@@ -1,0 +1,150 @@
+"""A place that holds named objects: a folder now, a bucket by the same verbs.
+
+Everything that streamx writes goes through :meth:`Location.write` (whole objects, atomically) and
+:meth:`Location.delete`: one choke point, which is what makes `kill -9` at every operation testable.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import google_crc32c
+
+from streamx.errors import IntegrityError, ResourceError, StorageError, UsageError
+
+if TYPE_CHECKING:
+    from zarr.abc.store import Store
+
+
+def crc32c(data: bytes | memoryview) -> str:
+    """CRC-32C (Castagnoli) of the bytes, eight hexadecimal digits."""
+    return f"{google_crc32c.value(bytes(data)):08x}"
+
+
+class Location:
+    """A folder on a local disk, read and written as whole objects under relative keys.
+
+    Parameters
+    ----------
+    root
+        The folder; it need not exist yet.
+    tmp
+        Where half-written objects live until they are renamed into place. It must be on the same file
+        system as `root`; by default a hidden file beside the object.
+    """
+
+    def __init__(self, root: str | Path, *, tmp: str | Path | None = None) -> None:
+        self.root = Path(root)
+        self.tmp = Path(tmp) if tmp is not None else None
+
+    def __str__(self) -> str:
+        return str(self.root)
+
+    def path(self, key: str) -> Path:
+        """Where an object lies; a key can't leave the root (R35)."""
+        if key.startswith(("/", "\\")) or ".." in Path(key).parts:
+            raise StorageError(f"object name {key!r} leaves the store", where=str(self.root))
+        return self.root / key
+
+    def exists(self, key: str) -> bool:
+        return self.path(key).is_file()
+
+    def read(self, key: str) -> bytes:
+        try:
+            return self.path(key).read_bytes()
+        except FileNotFoundError:
+            raise IntegrityError("object is missing", where=f"{self.root}/{key}") from None
+        except OSError as error:
+            raise StorageError(f"can't be read: {error.strerror}", where=f"{self.root}/{key}") from error
+
+    def size(self, key: str) -> int | None:
+        """Bytes of an object, or None if there is none."""
+        try:
+            return self.path(key).stat().st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def write(self, key: str, data: bytes | memoryview) -> None:
+        """Put a whole object in place: a reader sees the old one or the new one, never a part."""
+        target = self.path(key)
+        tmp = (self.tmp or target.parent) / f".{target.name}.{os.getpid()}.{abs(hash(key)):x}.tmp"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            tmp.parent.mkdir(parents=True, exist_ok=True)
+            tmp.write_bytes(data)
+            os.replace(tmp, target)
+        except OSError as error:
+            tmp.unlink(missing_ok=True)
+            raise _storage_error(error, f"{self.root}/{key}") from error
+
+    def delete(self, key: str) -> None:
+        self.path(key).unlink(missing_ok=True)
+
+    def delete_tree(self, prefix: str = "") -> None:
+        shutil.rmtree(self.path(prefix) if prefix else self.root, ignore_errors=True)
+
+    def list(self, prefix: str = "") -> list[str]:
+        """Keys of all objects below a prefix, sorted."""
+        base = self.path(prefix) if prefix else self.root
+        found = (Path(folder) / name for folder, _, names in os.walk(base) for name in names)
+        return sorted(path.relative_to(self.root).as_posix() for path in found)
+
+    def sync(self) -> None:
+        """Everything written so far survives a power cut."""
+        os.sync()
+
+    def zarr(self, prefix: str, expected: frozenset[str] | None = None) -> Store:
+        """A read-only zarr store over a prefix.
+
+        Parameters
+        ----------
+        prefix
+            Key of the zarr hierarchy's root.
+        expected
+            Keys (relative to this location) that must exist. zarr reads a lost object as zeros; here a
+            lost object among these is an :class:`~streamx.errors.IntegrityError`.
+        """
+        return _strict_store(self.path(prefix), prefix, expected or frozenset())
+
+
+def _storage_error(error: OSError, where: str) -> StorageError | ResourceError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return ResourceError(
+            "the disk is full", where=where, fix="free some space and run the same command again"
+        )
+    return StorageError(
+        f"can't be written: {error.strerror or error}",
+        where=where,
+        fix="mend it and run the same command again",
+    )
+
+
+def _strict_store(root: Path, prefix: str, expected: frozenset[str]) -> Store:
+    from zarr.storage import LocalStore, WrapperStore
+
+    class StrictStore(WrapperStore[LocalStore]):
+        async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+            value = await self._store.get(key, prototype, byte_range)
+            if value is None and f"{prefix}/{key}" in expected:
+                raise IntegrityError(
+                    "object is missing", where=str(root / key), fix="restore it from a copy, or convert again"
+                )
+            return value
+
+    return StrictStore(LocalStore(root, read_only=True))
+
+
+def open_location(place: str | Path | Location, **options: Any) -> Location:
+    """The location that a path names."""
+    if isinstance(place, Location):
+        return place
+    if "://" in str(place):
+        raise UsageError(
+            f"{place} is a URL; this version reads and writes local folders",
+            fix="copy it to a local folder first",
+        )
+    return Location(Path(place).expanduser(), **options)

@@ -1,0 +1,363 @@
+"""The second half of writing: rows in their final order -> zarr shards -> manifest -> marker.
+
+Everything is planned from the number of stored values per row; each zarr shard is then encoded in memory and
+put in place whole, once, by one writer, and journaled. The bytes depend on the content alone, never on
+slabs, threads or memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from streamx.config import parse_bytes
+from streamx.errors import IntegrityError
+from streamx.store import layout
+from streamx.store.collection import Collection
+from streamx.store.draft import Draft, draft_anndata_shell, draft_frame
+from streamx.store.frame import obs_schema
+from streamx.store.journal import Journal
+from streamx.store.location import Location, open_location
+from streamx.store.manifest import (
+    MARKER,
+    Generation,
+    ObjectTable,
+    Part,
+    Shard,
+    commit,
+    describe,
+    dump_part,
+    read_generation,
+)
+from streamx.store.spill import Slab, Spill, spill
+from streamx.threads import run_all, thread_count
+
+
+@dataclass(frozen=True)
+class Content:
+    """What a commit holds besides the matrix.
+
+    Attributes
+    ----------
+    kind
+        ``"store"`` or ``"view"``.
+    obs, var
+        Cells of this part in their final order; genes.
+    obsm
+        name -> (feature names, batch -> which features were measured).
+    uns
+        Parameters, written into every shard's ``uns["streamx"]``.
+    tables
+        name -> array, kept once per generation (a view's scale per batch and gene).
+    sources
+        One entry per input: key, cells, checksum, which genes were measured.
+    fingerprint
+        Settings and inputs that a resumed run must share.
+    value_dtype
+        None: the smallest unsigned integers that hold the maximum; else a dtype.
+    """
+
+    kind: str
+    obs: pd.DataFrame
+    var: pd.DataFrame
+    batch_key: str | None
+    fingerprint: dict[str, Any]
+    obsm: Mapping[str, tuple[Sequence[str], Mapping[str, Sequence[bool]]]] = field(default_factory=dict)
+    uns: Mapping[str, Any] = field(default_factory=dict)
+    tables: Mapping[str, np.ndarray] = field(default_factory=dict)
+    sources: Sequence[dict[str, Any]] = ()
+    view: dict[str, Any] | None = None
+    value_dtype: str | None = None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """Geometry of one shard: rows first..first + n_obs of the part, cut into zarr shards by value."""
+
+    path: str
+    first: int
+    indptr: np.ndarray
+    chunk: int
+    shard: int
+
+    @property
+    def n_obs(self) -> int:
+        return len(self.indptr) - 1
+
+    @property
+    def nnz(self) -> int:
+        return int(self.indptr[-1])
+
+    @property
+    def cuts(self) -> list[tuple[int, int]]:
+        """Value ranges of the zarr shards."""
+        return [(low, min(low + self.shard, self.nnz)) for low in range(0, self.nnz, self.shard)]
+
+    def rows(self, low: int, high: int) -> tuple[int, int]:
+        """The rows that hold the values low..high."""
+        start = int(np.searchsorted(self.indptr, low, side="right")) - 1
+        return start, int(np.searchsorted(self.indptr, high, side="left"))
+
+
+def plan_shards(row_nnz: np.ndarray, *, first_number: int, shard_rows: int) -> list[ShardPlan]:
+    """Cut the rows of a part into shards. Pure: depends on the stored values per row only."""
+    chunk = layout.chunk_values(len(row_nnz), int(row_nnz.sum()))
+    plans = []
+    for number, first in enumerate(range(0, len(row_nnz), shard_rows), start=first_number):
+        indptr = np.concatenate([[0], np.cumsum(row_nnz[first : first + shard_rows], dtype=np.int64)])
+        shard = layout.shard_values(chunk, int(indptr[-1]))
+        plans.append(ShardPlan(f"shards/{number:06d}.zarr", first, indptr, chunk, shard))
+    return plans
+
+
+def write_part(
+    path: str | Location,
+    slabs: Sequence[Slab],
+    content: Content,
+    *,
+    preset: str = "default",
+    shard_rows: int = 1 << 20,
+    memory: str | int = "4GB",
+    threads: int = 0,
+    append: bool = False,
+    journal: Journal | None = None,
+) -> Collection:
+    """Write a new collection, or (`append`) one more generation of an existing one.
+
+    Killed at any point it leaves either no readable collection (respectively the former generation) or the
+    finished one; run again with the same content it resumes.
+
+    Parameters
+    ----------
+    path
+        Folder of the collection.
+    slabs
+        The rows, in any order; together they fill destinations 0..n_obs of this part.
+    content
+        Everything else.
+    memory
+        Bytes that packing may use; it bounds how many zarr shards are encoded at once.
+    journal
+        The journal, where the caller has opened it already.
+
+    Returns
+    -------
+    Collection
+        The new generation.
+    """
+    location = open_location(path)
+    journal = journal or Journal(location, content.fingerprint)
+    try:
+        base = read_generation(location) if append or location.exists(MARKER) else None
+        if base is None or base.fingerprint != content.fingerprint:  # else: killed after the commit
+            location = type(location)(location.root, tmp=journal.tmp)
+            _write(
+                location,
+                journal,
+                base,
+                slabs,
+                content,
+                preset,
+                shard_rows,
+                parse_bytes(memory),
+                thread_count(threads),
+            )
+    except BaseException:
+        journal.release()
+        raise
+    journal.remove()
+    return Collection(open_location(location.root))
+
+
+def _write(
+    location: Location,
+    journal: Journal,
+    base: Generation | None,
+    slabs: Sequence[Slab],
+    content: Content,
+    preset: str,
+    shard_rows: int,
+    memory: int,
+    threads: int,
+) -> None:
+    rows = Spill(spill(slabs, journal, threads=threads, progress="reading"), len(content.obs))
+    number = base.number + 1 if base else 1
+    before = sum(part["n_shards"] for part in base.parts) if base else 0
+    plans = plan_shards(rows.row_nnz, first_number=before, shard_rows=shard_rows)
+    writer = _Writer(location, journal, rows, content, preset)
+    at_once = max(1, min(threads, memory // max(plan.shard * 24 for plan in plans))) if plans else 1
+    tasks = [partial(writer.matrix, plan, k) for plan in plans for k in range(len(plan.cuts))]
+    tasks += [partial(writer.frame, plan) for plan in plans]
+    objects: ObjectTable = {}
+    for found in run_all(tasks, at_once, "writing"):
+        objects |= found
+    objects |= writer.part_obs(number)
+    shards = tuple(Shard(plan.path, plan.n_obs, plan.nnz) for plan in plans)
+    part = Part(number, len(content.obs), int(rows.row_nnz.sum()), shards, tuple(content.sources), objects)
+    part_path, part_data = dump_part(part)
+    location.write(part_path, part_data)
+    size, crc = describe(part_data)
+    entry = {"path": part_path, "bytes": size, "crc32c": crc}
+    entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards)}
+    commit(location, _next_generation(location, base, number, entry, content))
+
+
+def _next_generation(
+    location: Location, base: Generation | None, number: int, part: dict[str, Any], content: Content
+) -> Generation:
+    tables: dict[str, str] = {}
+    objects: ObjectTable = {}
+    for name, values in content.tables.items():
+        key = f"tables/{number:06d}/{name}.npy"
+        data = npy_bytes(values)
+        location.write(key, data)
+        tables[name], objects[key] = key, describe(data)
+    generation = Generation(
+        kind=content.kind,
+        number=number,
+        n_vars=len(content.var),
+        batch_key=content.batch_key,
+        obs_schema=obs_schema(content.obs),
+        parts=(part,),
+        fingerprint=content.fingerprint,
+        modalities={
+            name: {
+                "names": list(names),
+                "measured": {batch: [bool(m) for m in mask] for batch, mask in measured.items()},
+            }
+            for name, (names, measured) in content.obsm.items()
+        },
+        tables=tables,
+        view=content.view,
+        objects=objects,
+    )
+    if base is None:
+        return generation
+    return replace(
+        generation,
+        parts=(*base.parts, part),
+        obs_schema=base.obs_schema | generation.obs_schema,
+        overlays=base.overlays,
+        tables=base.tables | tables,
+        modalities=_merge_modalities(base.modalities, generation.modalities),
+        objects=base.objects | objects,
+    )
+
+
+def _merge_modalities(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(before)
+    for name, modality in new.items():
+        measured = before.get(name, {}).get("measured", {}) | modality["measured"]
+        merged[name] = {"names": modality["names"], "measured": measured}
+    return merged
+
+
+def npy_bytes(values: np.ndarray) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    np.save(buffer, values, allow_pickle=False)
+    return buffer.getvalue()
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Encodes a step's objects, puts them in place and journals them; what is done and unharmed is kept."""
+
+    location: Location
+    journal: Journal
+    rows: Spill
+    content: Content
+    preset: str
+
+    def matrix(self, plan: ShardPlan, k: int) -> ObjectTable:
+        """Zarr shard k of `indices` and of `data`."""
+
+        def encode() -> dict[str, bytes]:
+            low, high = plan.cuts[k]
+            start, stop = plan.rows(low, high)
+            arrays = self.rows.rows(plan.first + start, plan.first + stop, self.data_dtype, self.index_dtype)
+            offset = int(plan.indptr[start])
+            objects: dict[str, bytes] = {}
+            for name, values in zip(("indices", "data"), arrays, strict=True):
+                draft = Draft()
+                array = self._array(draft, plan, name)
+                array[low:high] = values[low - offset : high - offset]
+                objects |= {key: data for key, data in draft.take().items() if not key.endswith("zarr.json")}
+            return objects
+
+        return self._step(f"{plan.path[7:-5]}-{k}", plan.path, encode)
+
+    def frame(self, plan: ShardPlan) -> ObjectTable:
+        """Everything of a shard but the values: obs, var, obsm, uns, indptr and all metadata."""
+
+        def encode() -> dict[str, bytes]:
+            draft = Draft()
+            rows = slice(plan.first, plan.first + plan.n_obs)
+            draft_anndata_shell(
+                draft, (plan.n_obs, len(self.content.var)), {"streamx": dict(self.content.uns)}
+            )
+            draft_frame(draft, "obs", self.content.obs.iloc[rows])
+            draft_frame(draft, "var", self.content.var)
+            draft.array("X/indptr", plan.indptr)
+            for name in ("indices", "data"):
+                self._array(draft, plan, name)
+            for name, (features, _) in self.content.obsm.items():
+                dtype = self.rows.dense_dtype(name)
+                draft.array(
+                    f"obsm/{name}", self.rows.dense(name, rows.start, rows.stop, len(features), dtype)
+                )
+            return draft.consolidated()
+
+        return self._step(f"{plan.path[7:-5]}-frame", plan.path, encode)
+
+    def part_obs(self, number: int) -> ObjectTable:
+        """obs of the whole part in large column chunks."""
+
+        def encode() -> dict[str, bytes]:
+            draft = Draft()
+            draft_frame(draft, "", self.content.obs)
+            return draft.take()
+
+        return self._step(f"obs-{number:06d}", f"obs/{number:06d}.zarr", encode)
+
+    @property
+    def data_dtype(self) -> np.dtype:
+        if self.content.value_dtype:
+            return np.dtype(self.content.value_dtype)
+        if not self.rows.integers:
+            return np.dtype(np.float32)
+        return layout.smallest_unsigned(int(self.rows.maximum))
+
+    @property
+    def index_dtype(self) -> np.dtype:
+        return layout.index_dtype(len(self.content.var))
+
+    def _array(self, draft: Draft, plan: ShardPlan, name: str) -> Any:
+        dtype = self.data_dtype if name == "data" else self.index_dtype
+        codecs = layout.matrix_codecs(self.preset, name, dtype)
+        return draft.empty(
+            f"X/{name}", (plan.nnz,), dtype, chunks=(plan.chunk,), shards=(plan.shard,), **codecs
+        )
+
+    def _step(self, name: str, prefix: str, encode: Any) -> ObjectTable:
+        done = self.journal.find(name)
+        if done and all(self._unharmed(key, expected) for key, expected in done.items()):
+            return done
+        table: ObjectTable = {}
+        for key, data in encode().items():
+            self.location.write(f"{prefix}/{key}", data)
+            table[f"{prefix}/{key}"] = describe(data)
+        self.journal.record(name, table)
+        return table
+
+    def _unharmed(self, key: str, expected: list[Any]) -> bool:
+        try:
+            return describe(self.location.read(key)) == expected
+        except IntegrityError:
+            return False
