@@ -37,7 +37,7 @@ class Journal:
 
     def __init__(self, store: Location, fingerprint: dict[str, Any]) -> None:
         root = journal_path(store.root)
-        self._lock = _lock(root)
+        self._lock: int | None = _lock(root)
         self.location = type(store)(root)
         self.scratch = root / "spill"
         self.tmp = root / "tmp"
@@ -73,7 +73,10 @@ class Journal:
         self.release()
 
     def release(self) -> None:
-        os.close(self._lock)
+        """Let go of the lock; a later run resumes."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def journal_path(store: Path) -> Path:

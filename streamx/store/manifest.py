@@ -86,8 +86,8 @@ class Generation:
 
 
 def dump(value: Any) -> bytes:
-    """JSON bytes that depend on the value alone."""
-    return (json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
+    """JSON bytes that depend on the value alone; dictionaries keep their order, as obs columns need."""
+    return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
 
 
 def describe(data: bytes) -> list[Any]:

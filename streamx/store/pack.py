@@ -16,12 +16,12 @@ import numpy as np
 import pandas as pd
 
 from streamx.config import parse_bytes
-from streamx.errors import IntegrityError
+from streamx.errors import IntegrityError, UsageError
 from streamx.store import layout
 from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame
 from streamx.store.frame import obs_schema
-from streamx.store.journal import Journal
+from streamx.store.journal import Journal, journal_path
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import (
     MARKER,
@@ -151,27 +151,51 @@ def write_part(
         The new generation.
     """
     location = open_location(path)
+    finished = already_written(location, content.fingerprint, append=append)
+    if finished is not None:
+        return finished
     journal = journal or Journal(location, content.fingerprint)
     try:
-        base = read_generation(location) if append or location.exists(MARKER) else None
-        if base is None or base.fingerprint != content.fingerprint:  # else: killed after the commit
-            location = type(location)(location.root, tmp=journal.tmp)
-            _write(
-                location,
-                journal,
-                base,
-                slabs,
-                content,
-                preset,
-                shard_rows,
-                parse_bytes(memory),
-                thread_count(threads),
-            )
-    except BaseException:
+        base = read_generation(location) if append else None
+        staged = type(location)(location.root, tmp=journal.tmp)
+        _write(
+            staged,
+            journal,
+            base,
+            slabs,
+            content,
+            preset,
+            shard_rows,
+            parse_bytes(memory),
+            thread_count(threads),
+        )
+        journal.remove()
+    finally:
         journal.release()
-        raise
-    journal.remove()
     return Collection(open_location(location.root))
+
+
+def already_written(location: Location, fingerprint: dict[str, Any], *, append: bool) -> Collection | None:
+    """The collection, if its newest generation is what a run with this fingerprint would write.
+
+    Raises
+    ------
+    UsageError
+        If something else is there, and this is no append.
+    """
+    if not location.exists(MARKER):
+        return None
+    if read_generation(location).fingerprint == fingerprint:
+        if journal_path(location.root).exists():  # killed between the commit and the end
+            Journal(location, fingerprint).remove()
+        return Collection(location)
+    if append:
+        return None
+    raise UsageError(
+        "exists already, made with other settings or inputs",
+        where=str(location),
+        fix="choose another folder, remove this one, or add to it (convert --append, preprocess --update)",
+    )
 
 
 def _write(

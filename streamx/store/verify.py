@@ -1,0 +1,65 @@
+"""Every byte accounted for: sizes and checksums of all objects against the manifest."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from streamx.errors import StreamxError
+from streamx.store.collection import Collection
+from streamx.store.location import Location, crc32c, open_location
+from streamx.store.manifest import MARKER
+from streamx.threads import run_all, thread_count
+
+
+def verify(place: str | Path | Location, *, threads: int = 0) -> dict[str, Any]:
+    """Read every object of a store or view and compare it with what was written.
+
+    Parameters
+    ----------
+    place
+        Folder of the store or view.
+    threads
+        Threads that read (0: one per core).
+
+    Returns
+    -------
+    dict
+        ``ok``; ``objects``: how many were read; ``errors``: one ``{"object", "error"}`` for each that is
+        missing, cut short, changed, or not in the manifest at all.
+    """
+    location = open_location(place)
+    try:
+        collection = Collection(location)
+        state, parts = collection.manifest, collection.parts
+    except StreamxError as error:
+        return {"ok": False, "objects": 0, "errors": [{"object": error.where, "error": error.what}]}
+    expected = dict(state.objects)
+    for entry, part in zip(state.parts, parts, strict=True):
+        expected |= part.objects | {entry["path"]: [entry["bytes"], entry["crc32c"]]}
+    keys = sorted(expected)
+    found = run_all(
+        [partial(_check, location, key, expected[key]) for key in keys], thread_count(threads), "verifying"
+    )
+    errors = [{"object": key, "error": error} for key, error in zip(keys, found, strict=True) if error]
+    earlier = {f"generations/{number:06d}.json" for number in range(1, state.number + 1)}
+    known = {*expected, *earlier, MARKER}
+    if not collection.location.root.with_name(location.root.name + ".journal").exists():
+        errors += [
+            {"object": key, "error": "not in the manifest"} for key in location.list() if key not in known
+        ]
+    return {"ok": not errors, "objects": len(keys) + 2, "errors": errors}
+
+
+def _check(location: Location, key: str, expected: list[Any]) -> str | None:
+    size = location.size(key)
+    if size is None:
+        return "missing"
+    if size != expected[0]:
+        return f"{size} bytes, the manifest says {expected[0]}"
+    try:
+        found = crc32c(location.read(key))
+    except StreamxError as error:
+        return error.what
+    return None if found == expected[1] else f"crc32c {found}, the manifest says {expected[1]}"
