@@ -113,9 +113,16 @@ class PreprocessConfig:
         "seurat", "how variable features are found", choices=("seurat", "cell_ranger", "seurat_v3")
     )
     hvg_batch: bool = option(True, "rank variable features within each batch, then combine")
-    scale: str = option(
-        "batch",
-        "divide each feature by its maximum within the batch, over all cells, or not at all",
+    atac: str = option(
+        "0.2.0",
+        "which of SCALEX's ATAC recipes, by release: 0.2.0 (ones, peaks open in half of the cells, scaled "
+        "per cell), 1.0.2 (ones), 1.0.4 (log-normalised)",
+        choices=("0.2.0", "1.0.2", "1.0.4"),
+    )
+    scale: str | None = option(
+        None,
+        "divide each feature by its maximum within the batch, over all cells, or not at all (default: batch; "
+        "global with processed, obsm and ATAC 1.0.4)",
         choices=("batch", "global", "none"),
     )
     keep_mt: bool = option(False, "keep mitochondrial genes (MT-, mt-); ERCC spike-ins are always dropped")
@@ -230,6 +237,71 @@ class MetricsConfig:
     threads: int = option(0, "threads (0: one per core)")
 
 
+@dataclass(frozen=True)
+class PlotConfig:
+    color: tuple[str, ...] = option(
+        (), "obs columns to colour the cells by (default: the batch, and the labels where given)", many=True
+    )
+    label_key: str | None = option(
+        None, "obs column with labels: also the confusion of <label key>_pred, and correlations of meta-cells"
+    )
+    batch_key: str | None = option(
+        None, "obs column with batches (default: the one that the store was made with)"
+    )
+    format: str = option("png", "format of the figures", choices=("png", "pdf", "svg"))
+    n_neighbors: int = option(30, "neighbours in the graph that the UMAP is made from")
+    min_dist: float = option(0.1, "how closely the UMAP packs cells")
+    max_cells: int = option(
+        200_000, "the UMAP is fitted on at most this many cells, the others are placed from their neighbours"
+    )
+    seed: int = option(0, "seed of the UMAP and of the sketch that it is fitted on")
+    threads: int = option(0, "threads (0: one per core)")
+
+
+@dataclass(frozen=True)
+class IntegrateConfig:
+    """SCALEX's one call, in its own words and with its own defaults (documented signature)."""
+
+    batch_categories: tuple[str, ...] | None = option(
+        None, "names of the batches, one per file (default: 0, 1, ...)", many=True
+    )
+    profile: str = option(PreprocessConfig.profile, "kind of data", choices=("RNA", "ATAC"))
+    batch_name: str = option(
+        "batch", "obs column that holds the batches, or several joined by commas; copied into `batch`"
+    )
+    min_features: int | None = option(
+        600, "keep cells with at least this many features (ATAC, if not given: 100)"
+    )
+    min_cells: int = option(PreprocessConfig.min_cells, "keep features seen in at least this many cells")
+    target_sum: float | None = option(None, "total that each cell is scaled to (10000)")
+    n_top_features: str | None = option(
+        None, "number of variable features (RNA 2000, ATAC 100000; 0 keeps all), or a file with one per line"
+    )
+    join: str = option(ConvertConfig.join, "genes of all files, or of any", choices=("inner", "outer"))
+    batch_key: str = option("batch", "obs column under which the files are recorded when they are joined")
+    processed: bool = option(False, "the data are preprocessed already: only scale them")
+    fraction: float | None = option(None, "take this share of the cells, at random")
+    n_obs: int | None = option(None, "take this many cells, at random")
+    use_layer: str = option("X", "layer or obsm matrix to use instead of X; it is only scaled")
+    backed: bool = option(False, "accepted; data are always streamed")
+    batch_size: int = option(TrainConfig.minibatch_size, "cells per training step")
+    lr: float = option(TrainConfig.lr, "learning rate")
+    max_iteration: int = option(TrainConfig.max_iteration, "training steps")
+    seed: int = option(TrainConfig.seed, "seed")
+    gpu: int = option(0, "number of the GPU, if there is one")
+    outdir: str | None = option(None, "folder for the results")
+    projection: str | None = option(None, "folder of a finished run: map the data onto it without training")
+    repeat: bool = option(False, "with projection: return the new cells alone, without the reference's")
+    impute: str | None = option(None, "batch as which expression is imputed into layers['impute']")
+    chunk_size: int = option(20_000, "cells that are read at a time")
+    ignore_umap: bool = option(False, "no UMAP, no Leiden clusters, no figure")
+    verbose: bool = option(False, "say more")
+    assess: bool = option(False, "score batch mixing and, with obs celltype, silhouette on the UMAP")
+    show: bool = option(True, "show the figure (only in a notebook)")
+    eval: bool = option(False, "latents by the batch norm's running statistics, as in evaluation mode")
+    num_workers: int = option(4, "accepted; threads prefetch")
+
+
 def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:
     """``cls(**settings)``, with an unknown name or choice as a :class:`UsageError`."""
     fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
@@ -237,6 +309,6 @@ def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:
         if name not in fields:
             raise UsageError(f"unknown setting {name!r}", fix=f"one of {', '.join(sorted(fields))}")
         choices = fields[name].metadata.get("choices")
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise UsageError(f"{name} = {value!r}", fix=f"one of {', '.join(choices)}")
     return cls(**settings)

@@ -1,8 +1,8 @@
 """How the files in ``data/`` were cut out of CellBench; run once, kept so that anybody can run it again.
 
 ``python -m streamx.demo.cut cellbench_5batch.h5ad FOLDER`` writes the five files byte for byte as they lie
-here (with the same h5py). Genes are chosen without looking at a label or at the Drop-seq batch, which the demo
-maps as a query.
+here (with the same h5py). Genes are chosen without looking at a label or at the Drop-seq batch, which the
+demo maps as a query.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ GENES_PER_CHUNK = 256  # genes are ordered by abundance: columns of one kind in 
 def choose_genes(counts: sp.csr_matrix, batch: np.ndarray) -> np.ndarray:
     """Indices of the genes to keep, most abundant first.
 
-    Among genes seen in at least ``MIN_CELLS`` cells of every reference plate, the ``N_GENES`` with the highest
-    variance of log1p(counts per 10,000), taken within each plate and averaged over plates.
+    Among genes seen in at least ``MIN_CELLS`` cells of every reference plate, the ``N_GENES`` with the
+    highest variance of log1p(counts per 10,000), taken within each plate and averaged over plates.
 
     Parameters
     ----------

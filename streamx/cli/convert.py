@@ -1,0 +1,40 @@
+"""``streamx convert``: any files -> one store."""
+
+from __future__ import annotations
+
+import argparse
+
+from streamx.cli.verb import Result, Verb, add_settings, given
+from streamx.config import ConvertConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        metavar="INPUT",
+        help="h5ad, zarr, 10x h5, mtx folder, csv, tsv or h5mu; globs and folders of such files",
+    )
+    parser.add_argument("-o", "--output", required=True, metavar="STORE", help="the store to write")
+    parser.add_argument(
+        "--append", action="store_true", help="add the inputs to a store that exists, as its next generation"
+    )
+    add_settings(parser, ConvertConfig)
+
+
+def run(args: argparse.Namespace) -> Result:
+    import streamx as sx
+
+    store = sx.convert(args.inputs, args.output, append=args.append, **given(args, ConvertConfig))
+    return {"store": args.output, **store.summary()}
+
+
+VERB = Verb(
+    name="convert",
+    help="read any number of files into one store, batch by batch, within a memory limit",
+    example="  streamx convert studies/*.h5ad more.h5 -o atlas --batch-key donor --memory 4GB\n"
+    "  streamx convert new_study.h5ad -o atlas --append",
+    add_arguments=add_arguments,
+    run=run,
+    measured=True,
+)

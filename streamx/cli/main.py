@@ -1,0 +1,249 @@
+"""``streamx``: parse, run one verb, print its result; every error in words, with an exit code for its kind.
+
+Exit codes: 0 ok, 1 internal, 2 usage, 3 bad input, 4 partial, 5 storage, 6 integrity, 7 resources, 130 and
+143 interrupted. Nothing heavy is imported before a verb runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import Any, TextIO
+
+from streamx import __version__
+from streamx.cli import (
+    annotate,
+    convert,
+    demo,
+    info,
+    integrate,
+    metrics,
+    plot,
+    preprocess,
+    project,
+    train,
+    transfer,
+    verify,
+)
+from streamx.cli.show import as_json, columns
+from streamx.cli.verb import Result, Verb
+from streamx.errors import ResourceError, StorageError, StreamxError, StreamxWarning
+
+VERBS: tuple[Verb, ...] = tuple(
+    module.VERB
+    for module in (
+        convert,
+        info,
+        verify,
+        annotate,
+        preprocess,
+        train,
+        project,
+        transfer,
+        metrics,
+        plot,
+        integrate,
+        demo,
+    )
+)
+
+EPILOG = """\
+the whole way, from files to labels:
+  streamx convert a.h5ad b.h5ad c.h5ad -o atlas
+  streamx preprocess atlas -o view
+  streamx train view -o model
+  streamx project model new.h5ad -o mapped
+  streamx transfer model mapped --label-key cell_type
+  streamx metrics model mapped --label-key cell_type
+  streamx plot model mapped -o figures --color batch cell_type
+
+`streamx demo` runs it on real cells in under two minutes.
+"""
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised where the work stands, so that files are closed and the work can be taken up again."""
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str, **kwargs: Any) -> None:
+        super().__init__(prog, **{"max_help_position": 30, **kwargs})
+
+
+class Parser(argparse.ArgumentParser):
+    """Options in full only (no abbreviations), examples printed as they are written."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        kwargs.setdefault("formatter_class", _Help)
+        kwargs.setdefault("allow_abbrev", False)
+        super().__init__(**kwargs)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    shared = Parser(add_help=False)
+    shared.add_argument(
+        "--json",
+        action="store_true",
+        default=argparse.SUPPRESS,
+        help="print one JSON object on stdout and nothing else",
+    )
+    shared.add_argument(
+        "--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error"
+    )
+    parser = Parser(
+        prog="streamx",
+        description="Integrate and map single-cell atlases that don't fit in memory.",
+        epilog=EPILOG,
+        parents=[shared],
+    )
+    parser.add_argument("--version", action="version", version=f"streamx {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
+    for verb in VERBS:
+        sub = verbs.add_parser(
+            verb.name,
+            aliases=list(verb.aliases),
+            help=verb.help,
+            description=verb.help[0].upper() + verb.help[1:] + ".",
+            epilog=f"example:\n{verb.example}",
+            parents=[shared],
+        )
+        verb.add_arguments(sub)
+        sub.set_defaults(chosen=verb)
+    return parser
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far, in bytes.
+
+    ``VmHWM`` where the kernel offers it: ``getrusage`` also remembers the parent that forked us.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def run_verb(verb: Verb, args: argparse.Namespace) -> Result:
+    """The verb's result; whatever a library prints meanwhile goes to stderr."""
+    start = time.perf_counter()
+    talks = verb.talks and not getattr(args, "json", False)
+    with contextlib.nullcontext() if talks else contextlib.redirect_stdout(sys.stderr):
+        result = verb.run(args)
+    if verb.measured:
+        result["seconds"] = round(time.perf_counter() - start, 3)
+        result["peak_rss_bytes"] = peak_rss_bytes()
+    return result
+
+
+def invoke(argv: Sequence[str]) -> Result:
+    """Run one command line from Python and return its result; errors are raised, nothing is printed."""
+    args = make_parser().parse_args(argv)
+    return run_verb(args.chosen, args)
+
+
+def _on_sigterm(number: int, frame: FrameType | None) -> None:
+    raise Terminated
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    if issubclass(category, StreamxWarning):
+        print(f"warning: {message}", file=sys.stderr)
+    elif not issubclass(category, DeprecationWarning | FutureWarning | PendingDeprecationWarning):
+        print(f"warning: {message} ({category.__name__}, {os.path.basename(filename)})", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _terminal(debug: bool) -> Iterator[None]:
+    """Warnings and logs in the shape of our errors, and SIGTERM as an exception, as long as a verb runs."""
+    logger = logging.getLogger("streamx")
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    level, main_thread = logger.level, threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, _on_sigterm) if main_thread else None
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", StreamxWarning)
+        if not debug:
+            warnings.showwarning = _show_warning
+        logger.addHandler(handler)
+        logger.setLevel(logging.DEBUG if debug else logging.INFO)
+        try:
+            yield
+        finally:
+            logger.removeHandler(handler)
+            logger.setLevel(level)
+            if main_thread:
+                signal.signal(signal.SIGTERM, previous)
+
+
+def _named(error: BaseException) -> StreamxError:
+    """The error as one of ours: memory and full disks keep their kind, anything else is internal."""
+    if isinstance(error, StreamxError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError("out of memory", fix="give a smaller --memory, or fewer --threads")
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"no space left ({error.strerror})", where=error.filename, fix="free some and run the same again"
+        )
+    return StreamxError(
+        f"internal error: {type(error).__name__}: {str(error).strip() or 'no message'}",
+        fix="run again with --debug and report the traceback",
+    )
+
+
+def _report(error: BaseException, args: argparse.Namespace) -> int:
+    if getattr(args, "debug", False):
+        traceback.print_exception(error, file=sys.stderr)
+    named = _named(error)
+    print(f"streamx {args.verb}: {named}", file=sys.stderr)
+    if getattr(args, "json", False):
+        record = {"error": named.what, "kind": type(named).__name__, "where": named.where, "fix": named.fix}
+        print(as_json({**record, "exit_code": named.exit_code}))
+    return named.exit_code
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of the console script: the exit code."""
+    args = make_parser().parse_args(argv)
+    verb: Verb = args.chosen
+    try:
+        with _terminal(getattr(args, "debug", False)):
+            result = run_verb(verb, args)
+        if getattr(args, "json", False):
+            print(as_json(result), flush=True)
+        else:
+            print((verb.show or columns)(result), flush=True)
+        return verb.exit_code(result)
+    except (KeyboardInterrupt, Terminated) as stopped:
+        print(f"\nstreamx {args.verb}: stopped; the same command takes it up again", file=sys.stderr)
+        return 130 if isinstance(stopped, KeyboardInterrupt) else 143
+    except BrokenPipeError:  # `streamx info store | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return _report(error, args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

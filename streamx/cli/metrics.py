@@ -1,0 +1,29 @@
+"""``streamx metrics``: how well batches are mixed and labels kept apart."""
+
+from __future__ import annotations
+
+import argparse
+
+from streamx.cli.verb import Result, Verb, add_settings, given
+from streamx.config import MetricsConfig
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="the reference: a folder that `train` wrote")
+    parser.add_argument("output", nargs="?", metavar="OUT", help="the folder that `project` wrote")
+    add_settings(parser, MetricsConfig)
+
+
+def run(args: argparse.Namespace) -> Result:
+    import streamx as sx
+
+    return dict(sx.metrics(args.model, args.output, **given(args, MetricsConfig)))
+
+
+VERB = Verb(
+    name="metrics",
+    help="measure mixing of batches and separation of labels in the latent",
+    example="  streamx metrics model mapped --label-key cell_type --truth-key cell_type",
+    add_arguments=add_arguments,
+    run=run,
+)
