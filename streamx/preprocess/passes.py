@@ -1,0 +1,339 @@
+"""Passes over the rows of a store as dask tasks.
+
+The cut into tasks (every `TASK_ROWS` rows) and the tree that adds their results depend on the number of rows
+alone: memory, threads and slab size decide how many tasks run at once and how much of a task is read at a
+time, and a kernel adds row after row, so none of them changes a bit of any result. dask schedules; a
+`distributed` client is used when one is active.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.sparse import csr_matrix
+
+from streamx.errors import ResourceError
+from streamx.preprocess import kernels
+from streamx.preprocess.moments import Moments, merge
+
+TASK_ROWS = 16_384
+FAN_IN = 8
+BYTES_PER_VALUE = 32  # a decoded value, its index, and the decoder's copies of both
+LIBRARIES = 64 << 20  # what reading holds beside the rows
+
+
+class Rows(Protocol):
+    """What a pass reads: contiguous rows as CSR. A store, or a matrix in memory."""
+
+    @property
+    def n_obs(self) -> int: ...
+
+    @property
+    def n_vars(self) -> int: ...
+
+    def read(self, start: int, stop: int) -> csr_matrix: ...
+
+
+@dataclass(frozen=True)
+class MatrixRows:
+    """Rows of a CSR matrix in memory."""
+
+    matrix: csr_matrix
+
+    @property
+    def n_obs(self) -> int:
+        return int(self.matrix.shape[0])
+
+    @property
+    def n_vars(self) -> int:
+        return int(self.matrix.shape[1])
+
+    def read(self, start: int, stop: int) -> csr_matrix:
+        return csr_matrix(self.matrix[start:stop])
+
+
+class Pass(Protocol):
+    """What is added up while rows go by, and which property each cell gets. Picklable."""
+
+    dtype: Any  # of the cell property
+    empty: Any  # its value for rows that were not read
+
+    def add(
+        self, csr: tuple, admitted_n: np.ndarray, code: int, table_g4: np.ndarray, cell_n: np.ndarray
+    ) -> None: ...
+
+    def counted(self, cell_n: np.ndarray, admitted_n: np.ndarray) -> np.ndarray: ...
+
+
+@dataclass(frozen=True)
+class Counting:
+    """Pass 1: detected features of every admitted cell; raw counts of those with at least `min_features`.
+
+    Cells get their number of features, int32; -1 where they were not admitted.
+    """
+
+    use_g: np.ndarray
+    min_features: int
+    dtype = np.int32
+    empty = -1
+
+    def add(
+        self, csr: tuple, admitted_n: np.ndarray, code: int, table_g4: np.ndarray, cell_n: np.ndarray
+    ) -> None:
+        kernels.add_counts(*csr, admitted_n, self.use_g, self.min_features, table_g4, cell_n)
+
+    def counted(self, cell_n: np.ndarray, admitted_n: np.ndarray) -> np.ndarray:
+        return admitted_n & (cell_n >= self.min_features)
+
+
+@dataclass(frozen=True)
+class Normalising:
+    """Pass 2: values scaled to `target` per cell, on the linear scale or after log1p.
+
+    Cells get their total over `keep_g`, float64; NaN where they were not kept. ``target`` 0 scales nothing.
+    """
+
+    keep_g: np.ndarray
+    target: float
+    binarize: bool = False
+    log: bool = False
+    dtype = np.float64
+    empty = np.nan
+
+    def add(
+        self, csr: tuple, admitted_n: np.ndarray, code: int, table_g4: np.ndarray, cell_n: np.ndarray
+    ) -> None:
+        indptr, indices, _ = csr
+        value_v = np.empty(int(indptr[-1] - indptr[0]))
+        kernels.scale_rows(*csr, admitted_n, self.keep_g, self.target, self.binarize, value_v, cell_n)
+        if self.log:
+            np.log1p(value_v, out=value_v)
+        kernels.add_values(indptr, indices, value_v, table_g4)
+
+    def counted(self, cell_n: np.ndarray, admitted_n: np.ndarray) -> np.ndarray:
+        return admitted_n
+
+
+@dataclass(frozen=True)
+class Clipping:
+    """Pass 2 of seurat_v3: counts up to each batch's clip, cells above it, and the maximum after scaling."""
+
+    keep_g: np.ndarray
+    target: float
+    clip_bg: dict[int, np.ndarray]
+    dtype = np.float64
+    empty = np.nan
+
+    def add(
+        self, csr: tuple, admitted_n: np.ndarray, code: int, table_g4: np.ndarray, cell_n: np.ndarray
+    ) -> None:
+        kernels.add_clipped(*csr, admitted_n, self.keep_g, self.clip_bg[code], self.target, table_g4, cell_n)
+
+    def counted(self, cell_n: np.ndarray, admitted_n: np.ndarray) -> np.ndarray:
+        return admitted_n
+
+
+@dataclass(frozen=True)
+class Magnitudes:
+    """|x| of values that stay as they are; cells get the sum of their values."""
+
+    dtype = np.float64
+    empty = np.nan
+
+    def add(
+        self, csr: tuple, admitted_n: np.ndarray, code: int, table_g4: np.ndarray, cell_n: np.ndarray
+    ) -> None:
+        kernels.add_magnitudes(*csr, admitted_n, table_g4, cell_n)
+
+    def counted(self, cell_n: np.ndarray, admitted_n: np.ndarray) -> np.ndarray:
+        return admitted_n
+
+
+@dataclass(frozen=True)
+class Resources:
+    """How much may be used at once; changes no result."""
+
+    threads: int = 1
+    slab_rows: int = 4096
+    progress: bool = False
+
+
+def plan_resources(
+    nnz_per_row: float, n_genes: int, n_batches: int, *, memory: int, threads: int, progress: bool = False
+) -> Resources:
+    """Threads, and rows read at a time, that fit into the memory.
+
+    Parameters
+    ----------
+    nnz_per_row
+        Stored values per row, on average.
+    n_genes, n_batches
+        Size of a table.
+    memory
+        Bytes.
+    threads
+        Wanted; 0 for one per core.
+
+    Raises
+    ------
+    ResourceError
+        If the tables alone do not fit.
+    """
+    wanted = threads or os.cpu_count() or 1
+    table = n_genes * 4 * 8
+    fixed = table * n_batches * 3 + LIBRARIES  # the result, and what is being merged into it
+    per_row = nnz_per_row * BYTES_PER_VALUE + 64
+    least = fixed + 256 * per_row + 2 * table
+    if memory < least:
+        raise ResourceError(
+            f"statistics of {n_genes} genes in {n_batches} batches need {least / 1e6:.0f} MB, "
+            f"memory allows {memory / 1e6:.0f} MB",
+            fix=f"--memory {int(least / 1e6) + 1}MB",
+        )
+    used = max(1, min(wanted, int((memory - fixed) / (1024 * per_row + 2 * table))))
+    slab = ((memory - fixed) / used - 2 * table) / per_row
+    return Resources(used, int(np.clip(slab, 256, 4096)), progress)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What a task returns, and what neighbouring ones become: moments, and a property of each cell."""
+
+    moments: Moments
+    cell_n: np.ndarray
+
+
+def join_pieces(pieces: Sequence[Piece]) -> Piece:
+    """Neighbouring pieces -> one."""
+    return Piece(merge([p.moments for p in pieces]), np.concatenate([p.cell_n for p in pieces]))
+
+
+def runs_of(code_n: np.ndarray) -> list[tuple[int, int]]:
+    """Start and stop of each run of equal codes."""
+    edges = [0, *(np.flatnonzero(np.diff(code_n)) + 1).tolist(), len(code_n)]
+    return list(pairwise(edges)) if len(code_n) else []
+
+
+def add_rows(
+    rows: Rows, start: int, code_n: np.ndarray, admitted_n: np.ndarray, what: Pass, slab_rows: int
+) -> Piece:
+    """One task: the rows from `start` on, of which `code_n` and `admitted_n` tell batch and use.
+
+    Slabs without an admitted row are not read.
+    """
+    codes = np.unique(code_n[admitted_n]).astype(np.int64)
+    tables = np.zeros((len(codes), rows.n_vars, 4))
+    cell_n = np.full(len(code_n), what.empty, dtype=what.dtype)
+    for low in range(0, len(code_n), slab_rows):
+        high = min(low + slab_rows, len(code_n))
+        if not admitted_n[low:high].any():
+            continue
+        block = rows.read(start + low, start + high)
+        data = block.data if block.dtype in (np.float32, np.float64) else block.data.astype(np.float64)
+        for a, b in runs_of(code_n[low:high]):
+            mine = slice(low + a, low + b)
+            if not admitted_n[mine].any():
+                continue
+            k = int(np.searchsorted(codes, code_n[low + a]))
+            csr = (block.indptr[a : b + 1], block.indices, data)
+            what.add(csr, admitted_n[mine], int(codes[k]), tables[k], cell_n[mine])
+    counted_n = what.counted(cell_n, admitted_n)
+    n_b = np.array([np.count_nonzero(counted_n & (code_n == code)) for code in codes], np.int64)
+    return Piece(Moments(codes[n_b > 0], n_b[n_b > 0], tables[n_b > 0]), cell_n)
+
+
+def run_pass(
+    rows: Rows,
+    code_n: np.ndarray,
+    admitted_n: np.ndarray,
+    what: Pass,
+    *,
+    resources: Resources,
+    first: int = 0,
+    title: str = "statistics",
+) -> Piece:
+    """One pass over the rows from `first` on.
+
+    Parameters
+    ----------
+    code_n
+        Batch code of each row, (n_obs - first,).
+    admitted_n
+        Rows that count, bool, likewise.
+    what
+        What to add up.
+    first
+        Row that the pass starts at.
+    title
+        For the progress bar.
+
+    Returns
+    -------
+    Moments of all admitted rows, and the property of each row (n_obs - first,).
+    """
+    from dask import delayed
+
+    task, combine = delayed(add_rows, traverse=False), delayed(join_pieces)
+    level = [
+        task(
+            rows,
+            first + low,
+            code_n[low : low + TASK_ROWS],
+            admitted_n[low : low + TASK_ROWS],
+            what,
+            resources.slab_rows,
+        )
+        for low in range(0, len(code_n), TASK_ROWS)
+    ]
+    n_tasks = len(level)
+    while len(level) > 1:
+        level = [combine(level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
+    if not level:
+        return add_rows(rows, first, code_n, admitted_n, what, resources.slab_rows)
+    return _compute(level[0], n_tasks, resources, title)
+
+
+def _compute(result: Any, n_tasks: int, resources: Resources, title: str) -> Piece:
+    """Run the graph on the active `distributed` client, else on threads of this process."""
+    import dask
+
+    if _client_active():
+        return dask.compute(result)[0]
+    scheduler = "threads" if resources.threads > 1 else "synchronous"
+    with _bar(n_tasks, resources, title):
+        return dask.compute(result, scheduler=scheduler, num_workers=resources.threads)[0]
+
+
+def _client_active() -> bool:
+    distributed = sys.modules.get("distributed")  # who has a client has imported it
+    if distributed is None:
+        return False
+    try:
+        distributed.get_client()
+    except ValueError:
+        return False
+    return True
+
+
+def _bar(n_tasks: int, resources: Resources, title: str) -> Any:
+    """A dask callback that moves a bar with every task of rows."""
+    from dask.callbacks import Callback
+    from tqdm.auto import tqdm
+
+    bar = tqdm(total=n_tasks, desc=title, unit="task", disable=None if resources.progress else True)
+
+    class Bar(Callback):
+        def _posttask(self, key: Any, result: Any, dsk: Any, state: Any, worker_id: Any) -> None:
+            if str(key).startswith("add_rows"):
+                bar.update()
+
+        def _finish(self, dsk: Any, state: Any, errored: bool) -> None:
+            bar.close()
+
+    return Bar()
