@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,47 +17,13 @@ from scipy import sparse
 
 from streamx.errors import IntegrityError, UsageError
 from streamx.store.frame import Group, cast, column_names, missing, read_column, read_frame
+from streamx.store.genes import unpack_mask
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import Generation, Part, describe, read_generation, read_part
+from streamx.store.read import Read, concatenate, integrity, open_group, plan_reads
 
 if TYPE_CHECKING:
     import anndata
-
-
-@dataclass(frozen=True)
-class Read:
-    """Rows start..stop of shard number `shard`."""
-
-    shard: int
-    start: int
-    stop: int
-
-
-def plan_reads(ranges: Sequence[tuple[int, int]], shard_starts: np.ndarray) -> list[Read]:
-    """Row ranges of the collection -> row ranges of its shards, in the order asked for. Pure.
-
-    Parameters
-    ----------
-    ranges
-        (start, stop) rows of the collection.
-    shard_starts
-        First row of each shard and, last, the number of rows.
-
-    Raises
-    ------
-    UsageError
-        If a range leaves the collection.
-    """
-    reads: list[Read] = []
-    for start, stop in ranges:
-        if not 0 <= start <= stop <= shard_starts[-1]:
-            raise UsageError(f"rows {start}..{stop}, but there are {shard_starts[-1]}")
-        while start < stop:
-            shard = int(np.searchsorted(shard_starts, start, side="right")) - 1
-            end = min(stop, int(shard_starts[shard + 1]))
-            reads.append(Read(shard, start - int(shard_starts[shard]), end - int(shard_starts[shard])))
-            start = end
-    return reads
 
 
 class Collection:
@@ -253,7 +218,7 @@ class Collection:
         """
         blocks = [self._read(read) for read in plan_reads(ranges, self._shard_starts)]
         n_rows = sum(stop - start for start, stop in ranges)
-        indptr, indices, data = _concatenate(blocks, None if isinstance(dtype, str) else dtype)
+        indptr, indices, data = concatenate(blocks, None if isinstance(dtype, str) else dtype)
         x_ng = sparse.csr_matrix((n_rows, self.n_vars), dtype=data.dtype)
         # set directly: the constructor would scan all indices once more
         x_ng.indptr, x_ng.indices, x_ng.data = indptr, indices, data
@@ -382,12 +347,12 @@ class Collection:
     def _group(self, shard: int) -> Group:
         if shard not in self._groups:
             path, expected = self._shard_paths[shard]
-            self._groups[shard] = _open_group(self.location, path, expected)
+            self._groups[shard] = open_group(self.location, path, expected)
         return self._groups[shard]
 
     @cached_property
     def _obs_groups(self) -> list[Group]:
-        return [_open_group(self.location, part.obs_path, frozenset(part.objects)) for part in self.parts]
+        return [open_group(self.location, part.obs_path, frozenset(part.objects)) for part in self.parts]
 
     def _part_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         for piece in range(len(self.parts)):
@@ -400,7 +365,7 @@ class Collection:
         group = self._obs_groups[piece]
         if name not in column_names(group):
             return missing(high - low, schema, name)
-        with self._integrity(f"obs/{name}"):
+        with integrity(f"{self.path}/obs/{name}"):
             return read_column(group, name, low, high)
 
     def _overlaid(
@@ -409,7 +374,7 @@ class Collection:
         """The column with later annotations over it."""
         for overlay in self._state.overlays:
             if name in overlay["columns"] and start < overlay["n_obs"]:
-                group = _open_group(self.location, overlay["path"], frozenset(self._state.objects))
+                group = open_group(self.location, overlay["path"], frozenset(self._state.objects))
                 high = min(stop, overlay["n_obs"])
                 new = cast(read_column(group, name, start, high), schema)
                 column = pd.concat([new, column.iloc[high - start :]], ignore_index=True)
@@ -418,7 +383,7 @@ class Collection:
     def _read(self, read: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """indptr (from 0), indices, data of some rows of one shard."""
         group = self._group(read.shard)
-        with self._integrity(self._shard_paths[read.shard][0]):
+        with integrity(f"{self.path}/{self._shard_paths[read.shard][0]}"):
             indptr = self._indptr.get(read.shard)
             if indptr is None:
                 indptr = self._indptr[read.shard] = np.asarray(group["X/indptr"][:], dtype=np.int64)
@@ -426,63 +391,6 @@ class Collection:
             indices = np.asarray(group["X/indices"][values])
             data = np.asarray(group["X/data"][values])
         return indptr[read.start : read.stop + 1] - values.start, indices, data
-
-    def _integrity(self, what: str) -> Any:
-        return _Integrity(f"{self.path}/{what}")
-
-
-class _Integrity:
-    """zarr's and numcodecs' many words for damaged bytes, as one."""
-
-    def __init__(self, where: str) -> None:
-        self.where = where
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, Exception) and not isinstance(error, (IntegrityError, MemoryError, UsageError)):
-            raise IntegrityError(
-                f"stored bytes are damaged ({type(error).__name__}: {error})",
-                where=self.where,
-                fix="`streamx verify` names the objects; restore them from a copy, or convert again",
-            ) from error
-
-
-def _open_group(location: Location, path: str, expected: frozenset[str]) -> Group:
-    import zarr
-
-    with _Integrity(f"{location}/{path}"):
-        return zarr.open_group(location.zarr(path, expected), mode="r", zarr_format=3)
-
-
-def _concatenate(
-    blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]], dtype: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if not blocks:
-        return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, dtype or np.float32)
-    ends = np.cumsum([block[0][-1] for block in blocks])
-    index_type = np.int64 if ends[-1] > np.iinfo(np.int32).max else np.int32
-    starts = ends - [block[0][-1] for block in blocks]
-    indptr = np.concatenate(
-        [[0], *(block[0][1:] + start for block, start in zip(blocks, starts, strict=True))]
-    )
-    indices = np.concatenate([block[1] for block in blocks]).astype(index_type)
-    data = np.concatenate([block[2] for block in blocks])
-    return indptr.astype(index_type), indices, data if dtype is None else data.astype(dtype, copy=False)
-
-
-def pack_mask(mask_g: np.ndarray) -> str:
-    """A boolean array as text."""
-    import base64
-
-    return base64.b64encode(np.packbits(mask_g).tobytes()).decode()
-
-
-def unpack_mask(text: str, n: int) -> np.ndarray:
-    import base64
-
-    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n).astype(bool)
 
 
 def open_collection(place: str | Path | Location) -> Collection:

@@ -19,7 +19,7 @@ from streamx.config import ConvertConfig, build, parse_bytes
 from streamx.errors import EmptyError, InputError, UsageError, warn
 from streamx.schema import align, check_overlap
 from streamx.store import cells, genes
-from streamx.store.collection import Collection, pack_mask
+from streamx.store.collection import Collection
 from streamx.store.ingest import Source, check_counts, open_sources
 from streamx.store.journal import Journal, journal_path
 from streamx.store.location import Location, open_location
@@ -335,7 +335,7 @@ def _source_entry(
         "overlap": round(alignment.overlap, 6),
         "checksum": checksum,
         "batches": batches,
-        "measured": pack_mask(genes.measured_mask(columns, len(axis))),
+        "measured": genes.pack_mask(genes.measured_mask(columns, len(axis))),
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
@@ -134,3 +135,12 @@ def common_var(
                 else merged.map(lambda value: "" if pd.isna(value) else str(value))
             )
     return var
+
+
+def pack_mask(mask_g: np.ndarray) -> str:
+    """A boolean array as text."""
+    return base64.b64encode(np.packbits(mask_g).tobytes()).decode()
+
+
+def unpack_mask(text: str, n: int) -> np.ndarray:
+    return np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=n).astype(bool)

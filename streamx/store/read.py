@@ -1,0 +1,88 @@
+"""Reading: a pure plan over row ranges, and what every read goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from streamx.errors import IntegrityError, StreamxError, UsageError
+from streamx.store.frame import Group
+from streamx.store.location import Location
+
+
+@dataclass(frozen=True)
+class Read:
+    """Rows start..stop of shard number `shard`."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+def plan_reads(ranges: Sequence[tuple[int, int]], shard_starts: np.ndarray) -> list[Read]:
+    """Row ranges of the collection -> row ranges of its shards, in the order asked for. Pure.
+
+    Parameters
+    ----------
+    ranges
+        (start, stop) rows of the collection.
+    shard_starts
+        First row of each shard and, last, the number of rows.
+
+    Raises
+    ------
+    UsageError
+        If a range leaves the collection.
+    """
+    reads: list[Read] = []
+    for start, stop in ranges:
+        if not 0 <= start <= stop <= shard_starts[-1]:
+            raise UsageError(f"rows {start}..{stop}, but there are {shard_starts[-1]}")
+        while start < stop:
+            shard = int(np.searchsorted(shard_starts, start, side="right")) - 1
+            end = min(stop, int(shard_starts[shard + 1]))
+            reads.append(Read(shard, start - int(shard_starts[shard]), end - int(shard_starts[shard])))
+            start = end
+    return reads
+
+
+@contextmanager
+def integrity(where: str) -> Iterator[None]:
+    """zarr's and numcodecs' many words for damaged bytes, as one."""
+    try:
+        yield
+    except (StreamxError, MemoryError):
+        raise
+    except Exception as error:
+        raise IntegrityError(
+            f"stored bytes are damaged ({type(error).__name__}: {error})",
+            where=where,
+            fix="`streamx verify` names the objects; restore them from a copy, or convert again",
+        ) from error
+
+
+def open_group(location: Location, path: str, expected: frozenset[str]) -> Group:
+    import zarr
+
+    with integrity(f"{location}/{path}"):
+        return zarr.open_group(location.zarr(path, expected), mode="r", zarr_format=3)
+
+
+def concatenate(
+    blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]], dtype: Any
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    if not blocks:
+        return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, dtype or np.float32)
+    ends = np.cumsum([block[0][-1] for block in blocks])
+    index_type = np.int64 if ends[-1] > np.iinfo(np.int32).max else np.int32
+    starts = ends - [block[0][-1] for block in blocks]
+    indptr = np.concatenate(
+        [[0], *(block[0][1:] + start for block, start in zip(blocks, starts, strict=True))]
+    )
+    indices = np.concatenate([block[1] for block in blocks]).astype(index_type)
+    data = np.concatenate([block[2] for block in blocks])
+    return indptr.astype(index_type), indices, data if dtype is None else data.astype(dtype, copy=False)
