@@ -52,7 +52,8 @@ def _column(table: Any, column: str, element: str, location: str) -> Any:
             place = table.file[reference] if not isinstance(reference, str) else table[Path(reference).name]
             return _categorical(element_node[:], place[:])
         values = read_elem(element_node)
-        return values if hasattr(values, "dtype") else np.asarray(values)
+        values = values if hasattr(values, "dtype") else np.asarray(values)
+        return values.astype(object) if values.dtype.kind == "T" else values
 
 
 def _categorical(codes: np.ndarray, categories: np.ndarray) -> pd.Categorical:

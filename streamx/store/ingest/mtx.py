@@ -178,7 +178,8 @@ def mtx_entries(path: Path, header: dict[str, Any], limit: int) -> Iterator[Entr
             if len(wrong):
                 at, gene, cell = seen + wrong[0] + 1, genes[wrong[0]] + 1, cells[wrong[0]] + 1
                 raise BadFileError(
-                    f"entry {at} (line {header['lines'] + at}) is feature {gene}, cell {cell}; the matrix is {n_genes} x {n_cells}, counted from 1",
+                    f"entry {at} (line {header['lines'] + at}) is feature {gene}, cell {cell}; "
+                    f"the matrix is {n_genes} x {n_cells}, counted from 1",
                     where=location,
                     fix="the file is damaged: download or write it again",
                 )

@@ -293,7 +293,6 @@ def file_checksum(path: Path) -> str:
 
 def text_names(values: Any) -> np.ndarray:
     """Names as an object array of str, whatever the file stored them as."""
-    values = np.asarray(values)
-    if values.dtype.kind == "S" or (len(values) and isinstance(values.flat[0], bytes)):
-        return np.array([v.decode("utf-8") for v in values.tolist()], dtype=object)
-    return values.astype(str).astype(object)
+    names = np.asarray(values).tolist()
+    texts = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in names]
+    return np.array(texts, dtype=object)

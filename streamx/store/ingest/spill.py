@@ -163,9 +163,9 @@ def compressed_rows(
 ) -> Rows:
     """Rows of a CSR (`by_row`) or CSC matrix given as (indptr, indices, data), on disk or in memory."""
     indptr, indices, data = arrays
-    n_stored, location = len(data), request.location
-    if len(indices) != n_stored:
-        raise BadFileError(f"{name} has {n_stored} values and {len(indices)} indices", where=location)
+    n_stored, location = int(data.shape[0]), request.location
+    if indices.shape[0] != n_stored:
+        raise BadFileError(f"{name} has {n_stored} values and {indices.shape[0]} indices", where=location)
     absent = getattr(data, "nchunks", 0) - getattr(data, "nchunks_initialized", 0)
     if absent:  # zarr would read zeros
         raise BadFileError(
