@@ -40,7 +40,7 @@ def describe_model(manifest: Path) -> Result:
 
 def show(result: Result) -> str:
     """Batches below each other; of lists of names only how many there are."""
-    text = {key: value for key, value in result.items() if key not in ("batches", "view") and value != {}}
+    text = {key: value for key, value in result.items() if key not in ("batches", "view")}
     lines = columns(text)
     if result.get("batches"):
         rows = [{"batch": name, "cells": cells} for name, cells in result["batches"].items()]

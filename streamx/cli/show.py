@@ -60,10 +60,12 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def columns(result: Mapping[str, Any]) -> str:
-    """Names and values in two columns; lists of records as tables below them."""
+    """Names and values in two columns, what is empty left out; lists of records as tables below them."""
     result = plain(result)
     scalars, blocks = {}, []
     for key, value in result.items():
+        if value is None or value == {} or value == []:
+            continue
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             blocks.append(f"{key}:\n{table(value)}")
         elif isinstance(value, dict):

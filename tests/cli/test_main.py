@@ -164,4 +164,4 @@ def test_text_for_people() -> None:
         == "name       n\na          1\nbcd   12,000"
     )
     shown = columns({"n_cells": 1_234, "share": 0.51239, "ok": True, "rows": [{"k": 1}], "none": None})
-    assert shown == "n_cells  1,234\nshare    0.512\nok       yes\nnone     -\nrows:\nk\n1"
+    assert shown == "n_cells  1,234\nshare    0.512\nok       yes\nrows:\nk\n1"
