@@ -6,6 +6,7 @@ import argparse
 
 from streamx.cli.verb import Result, Verb, add_settings, given
 from streamx.config import ConvertConfig
+from streamx.errors import PartialError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,10 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    import streamx as sx
+    from streamx.store.convert import convert_files
 
-    store = sx.convert(args.inputs, args.output, append=args.append, **given(args, ConvertConfig))
-    return {"store": args.output, **store.summary()}
+    settings = given(args, ConvertConfig)
+    done = convert_files(args.inputs, args.output, append=args.append, **settings)
+    skipped = [{"input": error.where, "error": error.what} for error in done.skipped]
+    return {"store": args.output, **done.collection.summary(), "skipped": skipped}
+
+
+def exit_code(result: Result) -> int:
+    return PartialError.exit_code if result["skipped"] else 0
 
 
 VERB = Verb(
@@ -36,5 +43,6 @@ VERB = Verb(
     "  streamx convert new_study.h5ad -o atlas --append",
     add_arguments=add_arguments,
     run=run,
+    exit_code=exit_code,
     measured=True,
 )
