@@ -140,12 +140,16 @@ def matrix_rows(
     location = request.location
     if not is_group(matrix):
         if np.dtype(matrix.dtype).kind not in "iufb":
-            raise BadFileError(f"{name} holds {matrix.dtype}, no numbers", where=location)
+            raise BadFileError(
+                f"{name} holds {matrix.dtype}, no numbers", where=location, fix="choose another --layer"
+            )
         safe_codecs([matrix], location)
         return dense_rows(matrix, request.memory)
     encoding = str(matrix.attrs.get("encoding-type") or f"{matrix.attrs.get('h5sparse_format')}_matrix")
     if encoding not in ("csr_matrix", "csc_matrix"):
-        raise BadFileError(f"{name} is a {encoding!r}, not dense, CSR or CSC", where=location)
+        raise BadFileError(
+            f"{name} is a {encoding!r}, not dense, CSR or CSC", where=location, fix="choose another --layer"
+        )
     for part in ("data", "indices", "indptr"):
         if part not in matrix:
             raise BadFileError(f"{name} has no {part}", where=location, fix="write the file again")

@@ -33,7 +33,9 @@ def read_frame(group: Any, name: str, location: str) -> pd.DataFrame:
             continue
         if len(values) != len(index):
             raise BadFileError(
-                f"{name}[{column!r}] has {len(values)} values for {len(index)} rows", where=location
+                f"{name}[{column!r}] has {len(values)} values for {len(index)} rows",
+                where=location,
+                fix="write the file again with anndata",
             )
         columns[column] = values
     return pd.DataFrame(columns, index=pd.Index(index, dtype=object))

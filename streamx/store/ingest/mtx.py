@@ -73,6 +73,7 @@ def mtx_source(matrix: Path, request: Request) -> Source:
     rows = transposed(
         lambda limit: mtx_entries(matrix, header, limit),
         n_stored,
+        np.dtype(np.float64 if header["kind"] == "real" else np.int64),
         obs.index.to_numpy(),
         var.index.to_numpy(),
         request,

@@ -165,7 +165,9 @@ def canonical(
 ) -> sparse.csr_matrix:
     """Sort each row's indices, refuse entries that occur twice, drop explicit zeros."""
     if x_ng.dtype.kind not in "iufb":
-        raise BadFileError(f"values of type {x_ng.dtype} are no numbers", where=location)
+        raise BadFileError(
+            f"values of type {x_ng.dtype} are no numbers", where=location, fix="choose another --layer"
+        )
     if len(x_ng.data) and not x_ng.data.all():
         x_ng.eliminate_zeros()
     x_ng.has_sorted_indices = False  # look: the flag is what some writer believed
@@ -219,7 +221,9 @@ def sparse_rows(
         genes, values = owned(indices[first:last]), plain_dtype(owned(data[first:last]))
         ends = indptr[start : stop + 1] - first
         if len(genes) != last - first or len(values) != last - first:
-            raise BadFileError(f"values {first} to {last} are cut short", where=location)
+            raise BadFileError(
+                f"values {first} to {last} are cut short", where=location, fix="download or write it again"
+            )
         if len(genes) and (genes.min() < 0 or genes.max() >= n_vars):
             at = int(np.flatnonzero((genes < 0) | (genes >= n_vars))[0])
             row = start + int(np.searchsorted(ends, at, side="right")) - 1

@@ -38,6 +38,7 @@ class FileArray:
 def transposed(
     entries: Callable[[int], Iterator[Entries]],
     n_stored: int,
+    dtype: np.dtype,
     obs_names: np.ndarray,
     var_names: np.ndarray,
     request: Request,
@@ -52,6 +53,8 @@ def transposed(
         Given a number of entries, yields (cells, genes, values) of at most about that many, in any order.
     n_stored
         Number of entries, or an upper bound.
+    dtype
+        Type of the values.
     text
         The values come from text: where all are integral, rows have an integer dtype.
     """
@@ -61,7 +64,7 @@ def transposed(
     def rows(start: int, stop: int) -> sparse.csr_matrix:
         with lock:
             if not made:
-                made.append(Spill(n_stored, obs_names, var_names, request).make(entries, text))
+                made.append(Spill(n_stored, dtype, obs_names, var_names, request).make(entries, text))
         return made[0](start, stop)
 
     return rows
@@ -72,6 +75,7 @@ class Spill:
     """Bucket the entries by ranges of cells, then sort bucket after bucket into one CSR on disk."""
 
     n_stored: int
+    dtype: np.dtype
     obs_names: np.ndarray
     var_names: np.ndarray
     request: Request
@@ -88,18 +92,16 @@ class Spill:
         self.folder.mkdir(parents=True)
         n_cells, n_genes = self.shape
         counts = np.zeros(n_cells, dtype=np.int64)
-        dtype, integral = None, text
+        integral = text
         for cells, genes, values in entries(self.limit // 2):
-            dtype = values.dtype if dtype is None else dtype
             integral = integral and text and bool(((values == np.rint(values)) & (abs(values) < 2**53)).all())
             counts += np.bincount(cells, minlength=n_cells)
             self._scatter(cells, genes, values)
         indptr = np.concatenate([[0], np.cumsum(counts)])
-        stored = np.dtype(dtype if dtype is not None else np.int64)
-        value_dtype = np.dtype(np.int64) if integral else stored
+        value_dtype = np.dtype(np.int64) if integral else self.dtype
         with (self.folder / "indices").open("wb") as indices, (self.folder / "data").open("wb") as data:
             for bucket in range(-(-n_cells // self.width)):
-                for block in self._sorted(bucket, indptr, stored):
+                for block in self._sorted(bucket, indptr):
                     block.indices.astype(np.int32, copy=False).tofile(indices)
                     block.data.astype(value_dtype, copy=False).tofile(data)
                 (self.folder / f"bucket{bucket:03d}").unlink(missing_ok=True)
@@ -108,7 +110,7 @@ class Spill:
         return sparse_rows(indptr, columns, stored_values, n_genes, self.request.location, self.obs_names)
 
     def _scatter(self, cells: np.ndarray, genes: np.ndarray, values: np.ndarray) -> None:
-        record = _record(values.dtype)
+        record = _record(self.dtype)
         bucket = cells // self.width
         order = np.argsort(bucket, kind="stable")
         records = np.empty(len(cells), dtype=record)
@@ -118,9 +120,9 @@ class Spill:
             with (self.folder / f"bucket{number:03d}").open("ab") as stream:
                 part.tofile(stream)
 
-    def _sorted(self, bucket: int, indptr: np.ndarray, dtype: np.dtype) -> Iterator[sparse.csr_matrix]:
+    def _sorted(self, bucket: int, indptr: np.ndarray) -> Iterator[sparse.csr_matrix]:
         """The bucket's rows in order; a bucket above the limit is read once per group of rows that fits."""
-        path, record = self.folder / f"bucket{bucket:03d}", _record(dtype)
+        path, record = self.folder / f"bucket{bucket:03d}", _record(self.dtype)
         first, end = bucket * self.width, min((bucket + 1) * self.width, self.shape[0])
         while path.exists() and first < end:
             last = int(np.searchsorted(indptr, indptr[first] + self.limit, side="right")) - 1
@@ -165,7 +167,11 @@ def compressed_rows(
     indptr, indices, data = arrays
     n_stored, location = int(data.shape[0]), request.location
     if indices.shape[0] != n_stored:
-        raise BadFileError(f"{name} has {n_stored} values and {indices.shape[0]} indices", where=location)
+        raise BadFileError(
+            f"{name} has {n_stored} values and {indices.shape[0]} indices",
+            where=location,
+            fix="the file is damaged: download or write it again",
+        )
     absent = getattr(data, "nchunks", 0) - getattr(data, "nchunks_initialized", 0)
     if absent:  # zarr would read zeros
         raise BadFileError(
@@ -178,7 +184,8 @@ def compressed_rows(
     if by_row:
         return sparse_rows(indptr, indices, data, len(var_names), location, obs_names)
     entries = column_entries(indptr, indices, data, len(obs_names), location, var_names)
-    return transposed(entries, n_stored, obs_names, var_names, request)
+    dtype = plain_dtype(np.empty(0, dtype=data.dtype)).dtype
+    return transposed(entries, n_stored, dtype, obs_names, var_names, request)
 
 
 def column_entries(

@@ -25,6 +25,7 @@ def table_source(path: Path, request: Request) -> Source:
     rows = transposed(
         lambda limit: table_entries(path, separator, cells, genes, limit),
         len(cells) * len(genes),
+        np.dtype(np.float64),
         obs.index.to_numpy(),
         var.index.to_numpy(),
         request,
@@ -58,14 +59,19 @@ def read_axes(path: Path, separator: str) -> tuple[list[str], list[str]]:
     genes: list[str] = []
     width = None
     for number, name, rest in lines_of(path, separator):
-        found = rest.count(separator) + 1 if rest else 0
+        if not rest:
+            raise BadFileError(
+                f"line {number} ({name[:40]!r}) has no value (is it separated by something else?)",
+                where=location,
+                fix="a line is a gene and one value per cell; .csv has commas, .tsv and .txt have tabs",
+            )
+        found = rest.count(separator) + 1
         if width is None:
             width = len(cells) if found == len(cells) else len(cells) - 1  # R leaves the corner out
             cells = cells[len(cells) - width :]
         if found != width:
-            other = " (is it separated by something else?)" if found == 0 else ""
             raise BadFileError(
-                f"line {number} (gene {name!r}) has {found} values for {width} cells{other}",
+                f"line {number} (gene {name!r}) has {found} values for {width} cells",
                 where=location,
                 fix="a line is a gene and one value per cell; .csv has commas, .tsv and .txt have tabs",
             )
