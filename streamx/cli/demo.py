@@ -11,7 +11,7 @@ from streamx.cli.show import number
 from streamx.cli.verb import Result, Verb
 from streamx.demo import DATA, LABEL_KEY, QUERY
 
-MAX_ITERATION = 900  # of the default 30,000: enough for 1,183 cells
+MAX_ITERATION = 1_000  # of the default 30,000: enough for 1,183 cells
 SHOWN = (  # of each verb's result, what is worth a line here
     "n_cells",
     "n_genes",
