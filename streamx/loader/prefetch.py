@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 _NAME = "streamx-prefetch"
 
 
-def prefetched(tasks: Sequence[Callable[[], T]], depth: int, threads: int = 1) -> Iterator[T]:
+def prefetched(tasks: Sequence[Callable[[], T]], depth: int, threads: int = 1) -> Generator[T]:
     """Results of the tasks in order, up to ``depth`` of them computed ahead.
 
     However iteration ends (exhausted, an error in a task or in the loop, Ctrl-C, abandoned and collected),
