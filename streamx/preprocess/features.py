@@ -15,6 +15,7 @@ import pandas as pd
 from streamx.errors import GeneError, warn
 from streamx.preprocess import hvg
 from streamx.preprocess.atac import variable_peaks
+from streamx.preprocess.cells import Cells
 from streamx.preprocess.kernels import DETECTED, SQUARES, SUM
 from streamx.preprocess.moments import Moments, pool, select
 from streamx.preprocess.passes import (
@@ -32,25 +33,6 @@ from streamx.preprocess.recipe import Recipe
 from streamx.preprocess.scale import maxima
 
 log = logging.getLogger("streamx")
-
-
-@dataclass(frozen=True)
-class Cells:
-    """The rows that a run looks at.
-
-    Attributes
-    ----------
-    code_n
-        Batch code per row, int (n_obs,).
-    admitted_n
-        Rows that were asked for, bool (n_obs,).
-    batches
-        Name of each code.
-    """
-
-    code_n: np.ndarray
-    admitted_n: np.ndarray
-    batches: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -127,7 +109,7 @@ def select_features(
         return _select_as_it_is(rows, names, cells, recipe, resources, listed)
     use_g = names_to_use(names, recipe.drop)
     counting = Counting(use_g, recipe.min_features)
-    first = run_pass(
+    (first,) = run_pass(
         rows, cells.code_n, cells.admitted_n, counting, resources=resources, title="features per cell"
     )
     kept_n = cells_to_keep(
@@ -202,32 +184,54 @@ class _Found:
     trends: dict[int, dict[str, np.ndarray]] = field(default_factory=dict)
 
 
-def _normalised(rows: Rows, known: _Known, keep_g: np.ndarray, target: float, log: bool = False) -> Piece:
-    what = Normalising(keep_g, target, known.recipe.binarize, log)
-    return run_pass(
+def values_pass(
+    recipe: Recipe, use_g: np.ndarray, keep_g: np.ndarray, chosen_g: np.ndarray | None = None
+) -> Normalising:
+    """What the second pass adds up, for every search but seurat_v3's.
+
+    Parameters
+    ----------
+    use_g, keep_g, chosen_g
+        Features by name; those that pass the filters; those that are selected, where that is known by then.
+    """
+    if recipe.search == "peaks" and recipe.peaks_on == "binary" and chosen_g is not None:
+        return Normalising(chosen_g, recipe.target, recipe.binarize)
+    if recipe.search == "none":
+        return Normalising(use_g if recipe.total == "all" else keep_g, recipe.target, recipe.binarize)
+    # scanpy takes cell_ranger's dispersions from the logarithms, as they are
+    log = recipe.search in ("cell_ranger", "peaks")
+    return Normalising(use_g if recipe.total == "all" else keep_g, recipe.rank_target, recipe.binarize, log)
+
+
+def _second(rows: Rows, known: _Known, chosen_g: np.ndarray | None = None) -> tuple[Piece, bool]:
+    """The pass over kept cells, and whether its values are logarithms."""
+    what = values_pass(known.recipe, known.use_g, known.keep_g, chosen_g)
+    (piece,) = run_pass(
         rows, known.cells.code_n, known.kept_n, what, resources=known.resources, title="normalised values"
     )
+    return piece, what.log
 
 
 def _search_none(rows: Rows, known: _Known) -> _Found:
-    keep_g = known.use_g if known.recipe.total == "all" else known.keep_g
-    piece = _normalised(rows, known, keep_g, known.recipe.target)
+    piece, _ = _second(rows, known)
     table = pd.DataFrame({"highly_variable": known.keep_g}, index=pd.Index(known.names))
     return _Found(known.keep_g, table, piece.moments, piece.cell_n)
 
 
 def _search_dispersions(rows: Rows, known: _Known) -> _Found:
     recipe, found_g = known.recipe, known.found_g
-    logged = recipe.search == "cell_ranger"  # scanpy takes its dispersions from the logarithms, as they are
-    piece = _normalised(rows, known, known.keep_g, recipe.rank_target, logged)
+    piece, logged = _second(rows, known)
     searched = select(piece.moments, found_g)
-    if recipe.binarize:  # SCALEX 1.0.2 searches among ones as if they were logarithms: exp(1) - 1 each
-        searched = Moments(searched.code_b, searched.n_b, searched.table_bg4.copy())
-        searched.table_bg4[:, :, SUM] *= np.expm1(1.0)
-        searched.table_bg4[:, :, SQUARES] *= np.expm1(1.0) ** 2
+    if recipe.binarize:
+        searched = hvg.ones_as_logarithms(searched)
     names = [name for name, found in zip(known.names, found_g, strict=True) if found]
     table = hvg.rank_dispersions(
-        searched, names, known.cells.batches, flavor=recipe.search, n_top=recipe.n_top, by_batch=recipe.by_batch
+        searched,
+        names,
+        known.cells.batches,
+        flavor=recipe.search,
+        n_top=recipe.n_top,
+        by_batch=recipe.by_batch,
     )
     table = hvg.expand(table, found_g, known.names)
     return _Found(table["highly_variable"].to_numpy(), table, piece.moments, piece.cell_n, logged)
@@ -244,7 +248,7 @@ def _search_variances(rows: Rows, known: _Known) -> _Found:
         trends[int(code)] = {name: _spread(values, found_g) for name, values in trend.items()}
     clips = {int(code): trends[int(code) if recipe.by_batch else 0]["clip"] for code in known.raw.code_b}
     what = Clipping(known.keep_g, recipe.rank_target, clips)
-    piece = run_pass(
+    (piece,) = run_pass(
         rows, known.cells.code_n, known.kept_n, what, resources=known.resources, title="clipped counts"
     )
     norm_bg = standardised(raw, piece.moments, trends, found_g, by_batch=recipe.by_batch)
@@ -275,18 +279,17 @@ def standardised(
 
 def _search_peaks(rows: Rows, known: _Known) -> _Found:
     recipe, n_cells = known.recipe, int(known.kept_n.sum())
-    if recipe.peaks_on == "log":
-        piece = _normalised(rows, known, known.use_g, recipe.rank_target, log=True)
-        sum_g = pool(piece.moments).sum_bg[0]
-    else:
-        sum_g = pool(known.raw).detected_bg[0]
+    on_binary = recipe.peaks_on == "binary"
+    if not on_binary:
+        piece, logged = _second(rows, known)
+    sum_g = pool(known.raw).detected_bg[0] if on_binary else pool(piece.moments).sum_bg[0]
     peaks, score = variable_peaks(sum_g[known.found_g], n_cells, n_top=recipe.n_top)
     table = pd.DataFrame({"highly_variable": peaks, "variability_score": score})
     table = hvg.expand(table, known.found_g, known.names)
     chosen_g = table["highly_variable"].to_numpy()
-    if recipe.peaks_on != "log":
-        piece = _normalised(rows, known, chosen_g, recipe.target)
-    return _Found(chosen_g, table, piece.moments, piece.cell_n, logged=recipe.peaks_on == "log")
+    if on_binary:
+        piece, logged = _second(rows, known, chosen_g)
+    return _Found(chosen_g, table, piece.moments, piece.cell_n, logged)
 
 
 _SEARCH = {
@@ -354,7 +357,9 @@ def _select_as_it_is(
     listed: Sequence[str] | None,
 ) -> Selection:
     """Values that stay as they are: one pass for the maxima."""
-    piece = run_pass(rows, cells.code_n, cells.admitted_n, Magnitudes(), resources=resources, title="maxima")
+    (piece,) = run_pass(
+        rows, cells.code_n, cells.admitted_n, Magnitudes(), resources=resources, title="maxima"
+    )
     keep_g = np.ones(len(names), dtype=bool)
     found = _Found(keep_g, pd.DataFrame(index=pd.Index(names)), piece.moments, piece.cell_n)
     chosen, chosen_names, table = _choose(names, keep_g, found, listed)

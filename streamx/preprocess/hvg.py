@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from streamx.errors import BatchError, EmptyError
+from streamx.preprocess.kernels import SQUARES, SUM
 from streamx.preprocess.moments import Moments, mean_variance, pool
 
 N_BINS = 20
@@ -37,7 +38,8 @@ def dispersions(
     n
         Cells of the batch.
     sum_g, squares_g
-        Sum and sum of squares of the normalised values on the linear scale (not log1p), (n_genes,) float64.
+        Sum and sum of squares of the normalised values, (n_genes,) float64: on the linear scale for
+        ``seurat``, after log1p for ``cell_ranger`` (scanpy takes them as they come).
     flavor
         ``"seurat"`` or ``"cell_ranger"``.
     n_top
@@ -134,7 +136,7 @@ def rank_dispersions(
     Parameters
     ----------
     moments
-        Of normalised values on the linear scale, over the candidate genes only.
+        Of normalised values (see :func:`dispersions`), over the candidate genes only.
     names
         Names of these genes: with batches scanpy breaks ties by name.
     batches
@@ -176,6 +178,14 @@ def rank_dispersions(
     out["highly_variable_nbatches"] = n_flags
     out["highly_variable_intersection"] = n_flags == len(moments.code_b)
     return out
+
+
+def ones_as_logarithms(moments: Moments) -> Moments:
+    """SCALEX 1.0.2 ranks binary peaks as if their ones were logarithms: exp(1) - 1 each."""
+    table = moments.table_bg4.copy()
+    table[:, :, SUM] *= np.expm1(1.0)
+    table[:, :, SQUARES] *= np.expm1(1.0) ** 2
+    return Moments(moments.code_b, moments.n_b, table)
 
 
 def regularised_sd(n: int, sum_g: np.ndarray, squares_g: np.ndarray, *, batch: str) -> dict[str, np.ndarray]:

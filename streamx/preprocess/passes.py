@@ -16,46 +16,16 @@ from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
-from scipy.sparse import csr_matrix
 
 from streamx.errors import ResourceError
 from streamx.preprocess import kernels
 from streamx.preprocess.moments import Moments, merge
+from streamx.preprocess.rows import Rows
 
 TASK_ROWS = 16_384
 FAN_IN = 8
 BYTES_PER_VALUE = 32  # a decoded value, its index, and the decoder's copies of both
 LIBRARIES = 64 << 20  # what reading holds beside the rows
-
-
-class Rows(Protocol):
-    """What a pass reads: contiguous rows as CSR. A store, or a matrix in memory."""
-
-    @property
-    def n_obs(self) -> int: ...
-
-    @property
-    def n_vars(self) -> int: ...
-
-    def read(self, start: int, stop: int) -> csr_matrix: ...
-
-
-@dataclass(frozen=True)
-class MatrixRows:
-    """Rows of a CSR matrix in memory."""
-
-    matrix: csr_matrix
-
-    @property
-    def n_obs(self) -> int:
-        return int(self.matrix.shape[0])
-
-    @property
-    def n_vars(self) -> int:
-        return int(self.matrix.shape[1])
-
-    def read(self, start: int, stop: int) -> csr_matrix:
-        return csr_matrix(self.matrix[start:stop])
 
 
 class Pass(Protocol):
@@ -209,9 +179,18 @@ class Piece:
     cell_n: np.ndarray
 
 
-def join_pieces(pieces: Sequence[Piece]) -> Piece:
-    """Neighbouring pieces -> one."""
-    return Piece(merge([p.moments for p in pieces]), np.concatenate([p.cell_n for p in pieces]))
+def join_pieces(neighbours: Sequence[tuple[Piece, ...]]) -> tuple[Piece, ...]:
+    """The pieces of neighbouring tasks -> those of both."""
+    return tuple(
+        Piece(merge([p.moments for p in pieces]), np.concatenate([p.cell_n for p in pieces]))
+        for pieces in zip(*neighbours, strict=True)
+    )
+
+
+def _working_dtype(stored: np.dtype) -> type:
+    """What the kernels see: float32 where that is exact, so that they are compiled for two dtypes only."""
+    small = stored == np.float32 or (stored.kind in "ui" and stored.itemsize <= 2)
+    return np.float32 if small else np.float64
 
 
 def runs_of(code_n: np.ndarray) -> list[tuple[int, int]]:
@@ -221,43 +200,55 @@ def runs_of(code_n: np.ndarray) -> list[tuple[int, int]]:
 
 
 def add_rows(
-    rows: Rows, start: int, code_n: np.ndarray, admitted_n: np.ndarray, what: Pass, slab_rows: int
-) -> Piece:
+    rows: Rows,
+    start: int,
+    code_n: np.ndarray,
+    admitted_n: np.ndarray,
+    chain: Sequence[Pass],
+    slab_rows: int,
+) -> tuple[Piece, ...]:
     """One task: the rows from `start` on, of which `code_n` and `admitted_n` tell batch and use.
 
-    Slabs without an admitted row are not read.
+    Each pass of the chain sees the cells that the one before counted. Slabs without an admitted row are not
+    read.
     """
     codes = np.unique(code_n[admitted_n]).astype(np.int64)
-    tables = np.zeros((len(codes), rows.n_vars, 4))
-    cell_n = np.full(len(code_n), what.empty, dtype=what.dtype)
+    tables = [np.zeros((len(codes), rows.n_vars, 4)) for _ in chain]
+    cells = [np.full(len(code_n), what.empty, dtype=what.dtype) for what in chain]
+    n_b = np.zeros((len(chain), len(codes)), np.int64)
     for low in range(0, len(code_n), slab_rows):
         high = min(low + slab_rows, len(code_n))
         if not admitted_n[low:high].any():
             continue
         block = rows.read(start + low, start + high)
-        data = block.data if block.dtype in (np.float32, np.float64) else block.data.astype(np.float64)
+        data = block.data.astype(_working_dtype(block.dtype), copy=False)
         for a, b in runs_of(code_n[low:high]):
             mine = slice(low + a, low + b)
-            if not admitted_n[mine].any():
+            here_n = admitted_n[mine]
+            if not here_n.any():
                 continue
             k = int(np.searchsorted(codes, code_n[low + a]))
             csr = (block.indptr[a : b + 1], block.indices, data)
-            what.add(csr, admitted_n[mine], int(codes[k]), tables[k], cell_n[mine])
-    counted_n = what.counted(cell_n, admitted_n)
-    n_b = np.array([np.count_nonzero(counted_n & (code_n == code)) for code in codes], np.int64)
-    return Piece(Moments(codes[n_b > 0], n_b[n_b > 0], tables[n_b > 0]), cell_n)
+            for step, what in enumerate(chain):
+                what.add(csr, here_n, int(codes[k]), tables[step][k], cells[step][mine])
+                here_n = what.counted(cells[step][mine], here_n)
+                n_b[step, k] += np.count_nonzero(here_n)
+    some = n_b > 0
+    return tuple(
+        Piece(Moments(codes[some[step]], n_b[step, some[step]], tables[step][some[step]]), cells[step])
+        for step in range(len(chain))
+    )
 
 
 def run_pass(
     rows: Rows,
     code_n: np.ndarray,
     admitted_n: np.ndarray,
-    what: Pass,
-    *,
+    *chain: Pass,
     resources: Resources,
     first: int = 0,
     title: str = "statistics",
-) -> Piece:
+) -> tuple[Piece, ...]:
     """One pass over the rows from `first` on.
 
     Parameters
@@ -266,8 +257,8 @@ def run_pass(
         Batch code of each row, (n_obs - first,).
     admitted_n
         Rows that count, bool, likewise.
-    what
-        What to add up.
+    chain
+        What to add up; each sees the cells that the one before counted.
     first
         Row that the pass starts at.
     title
@@ -275,31 +266,23 @@ def run_pass(
 
     Returns
     -------
-    Moments of all admitted rows, and the property of each row (n_obs - first,).
+    For each of the chain: moments of the cells that it counted, and the property of each row
+    (n_obs - first,).
     """
     from dask import delayed
 
     task, combine = delayed(add_rows, traverse=False), delayed(join_pieces)
-    level = [
-        task(
-            rows,
-            first + low,
-            code_n[low : low + TASK_ROWS],
-            admitted_n[low : low + TASK_ROWS],
-            what,
-            resources.slab_rows,
-        )
-        for low in range(0, len(code_n), TASK_ROWS)
-    ]
+    level = []
+    for low in range(0, max(1, len(code_n)), TASK_ROWS):
+        mine = slice(low, low + TASK_ROWS)
+        level.append(task(rows, first + low, code_n[mine], admitted_n[mine], chain, resources.slab_rows))
     n_tasks = len(level)
     while len(level) > 1:
         level = [combine(level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
-    if not level:
-        return add_rows(rows, first, code_n, admitted_n, what, resources.slab_rows)
     return _compute(level[0], n_tasks, resources, title)
 
 
-def _compute(result: Any, n_tasks: int, resources: Resources, title: str) -> Piece:
+def _compute(result: Any, n_tasks: int, resources: Resources, title: str) -> tuple[Piece, ...]:
     """Run the graph on the active `distributed` client, else on threads of this process."""
     import dask
 

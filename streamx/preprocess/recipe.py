@@ -104,6 +104,10 @@ def _atac(config: PreprocessConfig, listed: bool) -> Recipe:
     n_top = _default(config.n_top_features, 100_000)
     search = {"0.2.0": "peaks", "1.0.2": "seurat", "1.0.4": "peaks"}[config.atac]
     scaled = config.atac != "1.0.2"
+    search = "none" if listed or n_top <= 0 else search
+    total = {"0.2.0": "selected" if search == "peaks" else "kept", "1.0.2": "kept", "1.0.4": "all"}[
+        config.atac
+    ]
     return Recipe(
         profile="ATAC",
         drop=(),
@@ -113,8 +117,8 @@ def _atac(config: PreprocessConfig, listed: bool) -> Recipe:
         rank_target=config.target_sum if config.atac == "1.0.4" else 0.0,
         binarize=config.atac != "1.0.4",
         log1p=config.atac == "1.0.4",
-        total={"0.2.0": "selected", "1.0.2": "kept", "1.0.4": "all"}[config.atac],
-        search="none" if listed or n_top <= 0 else search,
+        total=total,
+        search=search,
         n_top=n_top,
         by_batch=config.hvg_batch,
         scale=_scale(config, "global" if config.atac == "1.0.4" else "batch"),
