@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +16,8 @@ from streamx.store.ingest.mtx import open_text
 from streamx.store.ingest.source import Request, Source, file_checksum, reading
 from streamx.store.ingest.spill import Entries, transposed
 
+BLANK = re.compile(rb"(?:^|,)\s*(?:,|$)")  # numpy reads some blank fields as -1
+
 
 def table_source(path: Path, request: Request) -> Source:
     """A source from a text table: one pass for the names now, one for the values at the first read."""
@@ -23,7 +27,7 @@ def table_source(path: Path, request: Request) -> Source:
         cells, genes = read_axes(path, separator)
     obs, var = (pd.DataFrame(index=pd.Index(names, dtype=object)) for names in (cells, genes))
     rows = transposed(
-        lambda limit: table_entries(path, separator, cells, genes, limit),
+        lambda limit: table_entries(path, separator, cells, limit),
         len(cells) * len(genes),
         np.dtype(np.float64),
         obs.index.to_numpy(),
@@ -34,47 +38,44 @@ def table_source(path: Path, request: Request) -> Source:
     return Source(request.key, location, obs, var, rows, lambda: file_checksum(path))
 
 
-def lines_of(path: Path, separator: str) -> Iterator[tuple[int, str, str]]:
-    """Line number, gene, and the rest of each line below the header that isn't blank."""
+def lines_of(path: Path, separator: str) -> Iterator[tuple[int, str, bytes]]:
+    """Line number, gene, and the fields after it, of each line below the header that isn't blank."""
     with open_text(path) as stream:
         stream.readline()
         for number, raw in enumerate(stream, start=2):
-            line = raw.decode("utf-8").rstrip("\r\n")
+            line = raw.rstrip(b"\r\n")
             if not line.strip():
                 continue
-            if line.startswith('"'):
-                name = next(csv.reader([line], delimiter=separator))[0]
-                rest = line[len(name) + name.count('"') + 2 :].removeprefix(separator)
+            if line.startswith(b'"'):
+                name = next(csv.reader([line.decode("utf-8")], delimiter=separator))[0]
+                quoted = '"' + name.replace('"', '""') + '"'
+                rest = line[len(quoted.encode()) :].removeprefix(separator.encode())
             else:
-                name, _, rest = line.partition(separator)
-            yield number, name, rest
+                start, _, rest = line.partition(separator.encode())
+                name = start.decode("utf-8")
+            yield number, name, rest.replace(b'"', b"")
 
 
 def read_axes(path: Path, separator: str) -> tuple[list[str], list[str]]:
     """Names of cells (header) and genes (first column); every line must have a value for each cell."""
     location = str(path)
+    fix = "a line is a gene and one value per cell; .csv has commas, .tsv and .txt have tabs"
     with open_text(path) as stream:
         header = stream.readline().decode("utf-8-sig").rstrip("\r\n")
     cells = next(csv.reader([header], delimiter=separator), [])
     genes: list[str] = []
     width = None
     for number, name, rest in lines_of(path, separator):
+        found = rest.count(separator.encode()) + 1
         if not rest:
-            raise BadFileError(
-                f"line {number} ({name[:40]!r}) has no value (is it separated by something else?)",
-                where=location,
-                fix="a line is a gene and one value per cell; .csv has commas, .tsv and .txt have tabs",
-            )
-        found = rest.count(separator) + 1
+            what = f"line {number} ({name[:40]!r}) has no value (is it separated by something else?)"
+            raise BadFileError(what, where=location, fix=fix)
         if width is None:
             width = len(cells) if found == len(cells) else len(cells) - 1  # R leaves the corner out
             cells = cells[len(cells) - width :]
         if found != width:
-            raise BadFileError(
-                f"line {number} (gene {name!r}) has {found} values for {width} cells",
-                where=location,
-                fix="a line is a gene and one value per cell; .csv has commas, .tsv and .txt have tabs",
-            )
+            what = f"line {number} (gene {name!r}) has {found} values for {width} cells"
+            raise BadFileError(what, where=location, fix=fix)
         genes.append(name)
     if not genes or not cells:
         raise EmptyError(
@@ -85,59 +86,59 @@ def read_axes(path: Path, separator: str) -> tuple[list[str], list[str]]:
     return cells, genes
 
 
-def table_entries(
-    path: Path, separator: str, cells: list[str], genes: list[str], limit: int
-) -> Iterator[Entries]:
-    """Non-zero values, gene by gene, several genes at a time."""
-    per_block = max(1, limit // len(cells))
-    block: list[str] = []
+def table_entries(path: Path, separator: str, cells: list[str], limit: int) -> Iterator[Entries]:
+    """Non-zero values, several genes at a time."""
+    n_cells, sep = len(cells), separator.encode()
+    lines = lines_of(path, separator)
     first = 0
-    numbers: list[int] = []
-    for number, _, rest in lines_of(path, separator):
-        block.append(rest)
-        numbers.append(number)
-        if len(block) == per_block:
-            yield parse(block, first, numbers, separator, cells, genes, path)
-            first, block, numbers = first + len(block), [], []
-    if block:
-        yield parse(block, first, numbers, separator, cells, genes, path)
+    while block := list(islice(lines, max(1, limit // n_cells))):
+        values = numbers_in(sep.join(rest for _, _, rest in block), sep)
+        if len(values) != len(block) * n_cells:
+            raise no_number(block, cells, sep, path)
+        x_gn = values.reshape(len(block), n_cells)
+        gene, cell = np.nonzero(x_gn)
+        yield cell, gene + first, x_gn[gene, cell]
+        first += len(block)
 
 
-def parse(
-    block: list[str],
-    first: int,
-    numbers: list[int],
-    separator: str,
-    cells: list[str],
-    genes: list[str],
-    path: Path,
-) -> Entries:
-    expected = len(block) * len(cells)
-    values = numbers_in(separator.join(block), separator)
-    if len(values) != expected:
-        at = next((i for i, t in enumerate(block) if len(numbers_in(t, separator)) != len(cells)), 0)
-        fields = next(csv.reader([block[at]], delimiter=separator))
-        column = next((i for i, field in enumerate(fields) if len(numbers_in(field, separator)) != 1), 0)
-        if all(len(numbers_in(field, separator)) == 1 for field in fields):  # quoted numbers
-            clean = [separator.join(next(csv.reader([t], delimiter=separator))) for t in block]
-            values = numbers_in(separator.join(clean), separator)
-        if len(values) != expected:
-            raise BadFileError(
-                f"{fields[column]!r} is no number: gene {genes[first + at]!r}, cell {cells[column]!r} "
-                f"(line {numbers[at]}, column {column + 2})",
-                where=str(path),
-                fix="write counts in every field (0 where there are none)",
-            )
-    x_gn = values.reshape(len(block), len(cells))
-    gene, cell = np.nonzero(x_gn)
-    return cell, gene + first, x_gn[gene, cell]
+def no_number(block: list[tuple[int, str, bytes]], cells: list[str], sep: bytes, path: Path) -> BadFileError:
+    """The error that names the first field that can't be read."""
+    for number, name, rest in block:
+        for column, field in enumerate(rest.split(sep)):
+            if len(numbers_in(field, sep)) != 1:
+                return BadFileError(
+                    f"{field.decode('utf-8', 'replace')!r} is no number: gene {name!r}, "
+                    f"cell {cells[column]!r} (line {number}, column {column + 2})",
+                    where=str(path),
+                    fix="write a count in every field (0 where there is none)",
+                )
+    return BadFileError("the table changed while it was read", where=str(path), fix="run again")
 
 
-def numbers_in(text: str, separator: str) -> np.ndarray:
-    """The numbers of a separated text, fewer or none where a field is none."""
-    if not text.strip() or (separator != "," and "," in text):
+def numbers_in(text: bytes, sep: bytes) -> np.ndarray:
+    """The numbers of a separated text, fewer or none where a field is none.
+
+    Most fields of a count table are one digit: these need no parser.
+    """
+    if not text.strip():
         return np.zeros(0)
-    try:  # numpy lets any white space pass for a tab, so that commas take its place
-        return np.fromstring(text.replace(separator, ","), dtype=np.float64, sep=",")
-    except (ValueError, DeprecationWarning):
-        return np.zeros(0)
+    letters = np.frombuffer(text, dtype=np.uint8)
+    ends = np.append(np.flatnonzero(letters == sep[0]), len(letters))
+    lengths = np.diff(ends, prepend=-1) - 1
+    first = letters[np.minimum(ends - lengths, len(letters) - 1)]
+    digit = (lengths == 1) & (first >= ord("0")) & (first <= ord("9"))
+    values = (first - ord("0")).astype(np.float64)
+    if not digit.all():
+        rest = letters[np.repeat(~digit, lengths + 1)[: len(letters)]].tobytes()
+        rest = rest[:-1] if digit[-1] else rest
+        commas = rest.replace(sep, b",")  # numpy lets any white space pass for a tab
+        if BLANK.search(commas) or commas.count(b",") + 1 != len(values) - digit.sum():
+            return np.zeros(0)
+        try:
+            parsed = np.fromstring(commas, dtype=np.float64, sep=",")
+        except (ValueError, DeprecationWarning):
+            return np.zeros(0)
+        if len(parsed) != len(values) - digit.sum():
+            return np.zeros(0)
+        values[~digit] = parsed
+    return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import pickle
@@ -449,3 +450,35 @@ def test_disk_full_is_a_storage_error(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_scipy_agrees_on_mtx(tmp_path: Path) -> None:
     folder = mtx()(tmp_path)
     np.testing.assert_array_equal(scipy.io.mmread(folder / "matrix.mtx").toarray().T, X)
+
+
+@pytest.mark.parametrize("kind", ["h5ad", "mtx.gz", "csv.gz", "10x"])
+def test_any_truncation_is_a_named_error(kind: str, tmp_path: Path) -> None:
+    """Cut at any place, a file is refused, never read as something shorter."""
+    if kind == "h5ad":
+        item = file = make_h5ad(tmp_path)
+    elif kind == "10x":
+        item = file = tenx()(tmp_path)
+    elif kind == "csv.gz":
+        item = file = text("t.csv.gz", ",c0,c1\n" + "".join(f"g{i},{i},0\n" for i in range(40)))(tmp_path)
+    else:
+        item = mtx()(tmp_path)
+        file = item / "matrix.mtx.gz"
+        file.write_bytes(gzip.compress((item / "matrix.mtx").read_bytes()))
+        (item / "matrix.mtx").unlink()
+    whole, raw = read_all(item, tmp_path / "s"), file.read_bytes()
+    for size in np.linspace(0, len(raw) - 1, 40).astype(int):
+        file.write_bytes(raw[:size])
+        with pytest.raises(InputError):
+            read_all(item, tmp_path / "s")
+    file.write_bytes(raw)
+    np.testing.assert_array_equal(read_all(item, tmp_path / "s"), whole)
+
+
+def test_flipped_bytes_never_leave_a_traceback(tmp_path: Path) -> None:
+    path = make_h5ad(tmp_path)
+    raw, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in rng.integers(0, len(raw), 150):
+        path.write_bytes(raw[:at] + bytes([raw[at] ^ int(rng.integers(1, 256))]) + raw[at + 1 :])
+        with contextlib.suppress(StreamxError):
+            read_all(path, tmp_path / "s")

@@ -16,9 +16,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.io
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import sparse
 
 from streamx.store.ingest import Source, check_counts, open_sources
+from streamx.store.ingest.table import numbers_in
 
 N_CELLS, N_GENES = 61, 29
 MEMORY = 1 << 20
@@ -351,3 +354,29 @@ def test_real_files(data_dir: Path, tmp_path: Path) -> None:
         x_ng = source.read(100, 300)
         check_counts(x_ng, source=source, first_row=100)
         assert (x_ng != ad.read_h5ad(source.location)[100:300].X).nnz == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.sampled_from(
+            ["0", "7", "12", "3.5", "-1", "1e3", "0.0", "", " ", "x", "1 2", "nan", "inf", "+4", "1,5"]
+        ),
+        min_size=1,
+        max_size=6,
+    ),
+    st.sampled_from([",", "\t"]),
+)
+def test_numbers_of_a_text(fields: list[str], sep: str) -> None:
+    """The quick parser reads what Python's float reads, and nothing else."""
+    if sep == ",":
+        fields = [f for f in fields if "," not in f] or ["1"]
+    try:
+        expected = [float(f) for f in fields]
+    except ValueError:
+        expected = None
+    got = numbers_in(sep.join(fields).encode(), sep.encode())
+    if expected is None:
+        assert len(got) != len(fields)
+    else:
+        np.testing.assert_array_equal(got, expected)
