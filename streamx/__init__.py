@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -37,3 +39,21 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
+
+
+class _Package(ModuleType):
+    """Lets a public function and the module that holds it share a name, as `streamx.preprocess` does:
+    once imported, the module takes the name, and can still be called."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, ModuleType) and ":" in _PUBLIC.get(name, ""):
+            value.__class__ = _CallableModule
+        super().__setattr__(name, value)
+
+
+class _CallableModule(ModuleType):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return __getattr__(self.__name__.removeprefix(f"{__name__}."))(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Package
