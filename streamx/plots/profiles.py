@@ -1,0 +1,213 @@
+"""How alike the cell types of different batches are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from streamx.errors import BatchError, UsageError
+from streamx.labels import encode_labels
+from streamx.plots import style
+from streamx.plots.heat import heat_map
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def meta(
+    adata: Any,
+    use_rep: str | None = None,
+    color: str = "celltype",
+    batch: str = "batch",
+    colors: Sequence[str] | None = None,
+    cmap: str = "Blues",
+    vmax: float = 1,
+    vmin: float = 0,
+    mask: bool = True,
+    annot: bool = False,
+    save: str | Path | None = None,
+    fontsize: float = 8,
+    *,
+    figsize: tuple[float, float] = (10, 10),
+    show: bool = True,
+) -> Figure:
+    """Pearson correlation between the mean profiles of all (batch, category) pairs.
+
+    Pairs are ordered by batch, then category; the names are categories, in the colour of their batch.
+
+    Parameters
+    ----------
+    use_rep
+        Name of the profiles: looked up in obsm, then layers; None: X.
+    color, batch
+        Columns of obs with categories and batches.
+    colors
+        One colour per batch, in sorted order.
+    mask
+        Draw the lower triangle (with the diagonal) only.
+    """
+    import matplotlib
+
+    pairs, means = _pair_means(adata, use_rep, color, batch)
+    values = _correlate(means, means)
+    if mask:
+        values[np.triu_indices(len(values), 1)] = np.nan
+    batches = sorted({pair[0] for pair in pairs})
+    given = None if colors is None else dict(zip(batches, colors, strict=False))
+    shade = style.palette(batches, given)
+    names, tints = [pair[1] for pair in pairs], [shade[pair[0]] for pair in pairs]
+    with matplotlib.rc_context(style.RC):
+        on_screen = style.can_show(show, save)
+        figure = heat_map(
+            values,
+            names,
+            names,
+            cmap=cmap,
+            limits=(vmin, vmax),
+            annot=annot,
+            fontsize=fontsize,
+            figsize=figsize,
+            row_colors=tints,
+            column_colors=tints,
+            bar="Pearson correlation",
+            on_screen=on_screen,
+        )
+        _batch_legend(figure, shade)
+        return style.finish(figure, save, on_screen)
+
+
+def meta2(
+    adata: Any,
+    use_rep: str | None = "latent",
+    color: str = "celltype",
+    batch: str = "batch",
+    color_map: Mapping[str, str] | None = None,
+    figsize: tuple[float, float] = (10, 10),
+    cmap: str = "Blues",
+    batches: Sequence[str] | None = None,
+    annot: bool = False,
+    save: str | Path | None = None,
+    cbar: bool = True,
+    keep: bool = False,
+    fontsize: float = 8,
+    vmin: float = 0,
+    vmax: float = 1,
+    *,
+    show: bool = True,
+) -> Figure:
+    """Pearson correlation between the categories of two batches: rows the second, columns the first.
+
+    Parameters
+    ----------
+    batches
+        The two (default: the first two, sorted).
+    color_map
+        Colour per category for its name.
+    keep
+        Show every category on both sides; where a batch lacks it, the correlation is 0.
+    """
+    import matplotlib
+
+    pairs, means = _pair_means(adata, use_rep, color, batch)
+    known = sorted({pair[0] for pair in pairs})
+    chosen = known[:2] if batches is None else [str(name) for name in batches]
+    if len(chosen) != 2 or any(name not in known for name in chosen):
+        raise BatchError(
+            f"meta2 compares two batches, not {', '.join(chosen) or 'none'}", fix=f"two of {', '.join(known)}"
+        )
+    first, second = ([at for at, pair in enumerate(pairs) if pair[0] == name] for name in chosen)
+    values = _correlate(means[second], means[first])
+    rows, columns = [pairs[at][1] for at in second], [pairs[at][1] for at in first]
+    if keep:
+        names = sorted({pair[1] for pair in pairs})
+        whole = np.zeros((len(names), len(names)))
+        whole[np.ix_([names.index(n) for n in rows], [names.index(n) for n in columns])] = values
+        values, rows, columns = whole, names, names
+    shade = style.palette(sorted({*rows, *columns}), color_map) if color_map is not None else {}
+    with matplotlib.rc_context(style.RC):
+        on_screen = style.can_show(show, save)
+        figure = heat_map(
+            values,
+            rows,
+            columns,
+            cmap=cmap,
+            limits=(vmin, vmax),
+            annot=annot,
+            cbar=cbar,
+            fontsize=fontsize,
+            figsize=figsize,
+            row_colors=[shade.get(name, "black") for name in rows],
+            column_colors=[shade.get(name, "black") for name in columns],
+            names=(chosen[1], chosen[0]),
+            bar="Pearson correlation",
+            on_screen=on_screen,
+        )
+        return style.finish(figure, save, on_screen)
+
+
+def _pair_means(
+    adata: Any, use_rep: str | None, color: str, batch: str
+) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """(batch, category) pairs that have cells, and their mean profiles (pairs, features)."""
+    for name in (color, batch):
+        if name not in adata.obs.columns:
+            columns = ", ".join(map(str, adata.obs.columns))
+            raise UsageError(f"no column {name!r} in obs", fix=f"one of {columns or 'none'}")
+    if use_rep is None:
+        profiles = adata.X
+    elif use_rep in adata.obsm:
+        profiles = adata.obsm[use_rep]
+    elif use_rep in adata.layers:
+        profiles = adata.layers[use_rep]
+    else:
+        raise UsageError(f"no {use_rep!r} in obsm or layers")
+    labels, batches = encode_labels(adata.obs[color], ("",)), encode_labels(adata.obs[batch], ("",))
+    code = np.where(
+        labels.known_n & batches.known_n,
+        batches.codes_n.astype(np.int64) * max(len(labels.names), 1) + labels.codes_n,
+        -1,
+    )
+    pairs, means = [], []
+    for value in np.unique(code[code >= 0]):
+        at, which = divmod(int(value), len(labels.names))
+        pairs.append((batches.names[at], labels.names[which]))
+        rows = np.flatnonzero(code == value)
+        means.append(_mean(profiles, rows))
+    if not pairs:
+        raise UsageError(f"no cell has both a {batch} and a {color}")
+    return pairs, np.vstack(means)
+
+
+def _mean(profiles: Any, rows: np.ndarray, size: int = 10_000) -> np.ndarray:
+    """Mean over rows that are finite, by blocks (profiles may be sparse or on disk)."""
+    total, n = 0.0, 0
+    for start in range(0, len(rows), size):
+        block = profiles[rows[start : start + size]]
+        block = np.asarray(block.toarray() if hasattr(block, "toarray") else block, dtype=np.float64)
+        finite = np.isfinite(block).all(axis=1)
+        total, n = total + block[finite].sum(axis=0), n + int(finite.sum())
+    return total / max(n, 1)  # type: ignore[return-value]
+
+
+def _correlate(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Pearson correlation of every row profile with every column profile; 0 for a flat one."""
+
+    def normed(values: np.ndarray) -> np.ndarray:
+        centred = values - values.mean(axis=1, keepdims=True)
+        length = np.linalg.norm(centred, axis=1, keepdims=True)
+        return np.divide(centred, length, out=np.zeros_like(centred), where=length > 0)
+
+    return np.clip(normed(rows) @ normed(columns).T, -1, 1)
+
+
+def _batch_legend(figure: Figure, shade: Mapping[str, str]) -> None:
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D([], [], linestyle="", marker="s", markersize=6, color=color, label=name)
+        for name, color in shade.items()
+    ]
+    figure.legend(handles=handles, loc="outside upper right", ncols=min(len(handles), 6), title="batch")
