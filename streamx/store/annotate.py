@@ -11,13 +11,13 @@ from typing import Any
 import pandas as pd
 
 from streamx.errors import BadFileError, InputError, UsageError, warn
-from streamx.store.cells import NAME, as_categorical_or_number
+from streamx.store.cells import NAME, as_categorical_or_number, rename_columns
 from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_frame
 from streamx.store.frame import obs_schema
 from streamx.store.journal import Journal
-from streamx.store.location import Location, open_location
-from streamx.store.manifest import ObjectTable, commit, describe
+from streamx.store.location import Location, describe, open_location
+from streamx.store.manifest import commit, expected_objects, read_generation, sweep
 
 log = logging.getLogger("streamx")
 
@@ -59,15 +59,15 @@ def join_by_name(
 ) -> pd.DataFrame:
     """The table's rows in the order of the cells; cells that it doesn't name get NA.
 
-    Cells are looked up by the store's names; if none is found, by those of their input files.
+    Cells are looked up by the store's names, or by those of their input files where these find more.
 
     Raises
     ------
     InputError
         If the table names none of the cells, or two cells by one original name.
     """
-    if not names.isin(table.index).any() and originals is not None:
-        original = pd.Index(originals.astype(str))
+    original = pd.Index(originals.astype(str)) if originals is not None else names
+    if table.index.isin(original).sum() > table.index.isin(names).sum():
         shared = original.isin(table.index) & original.duplicated(keep=False)
         if shared.any():
             raise InputError(
@@ -86,7 +86,9 @@ def join_by_name(
     if found < len(table):
         warn(f"{len(table) - found} of its {len(table)} rows name no cell of the store", where=where)
     log.info("%d of %d cells found in %s", found, len(names), where)
-    return table.reindex(names)
+    nullable = {"i": "Int64", "u": "Int64", "b": "boolean"}  # else a missing cell makes floats of integers
+    dtypes = {name: nullable[dtype.kind] for name, dtype in table.dtypes.items() if dtype.kind in nullable}
+    return table.astype(dtypes).reindex(names)
 
 
 def annotate_store(place: str | Path | Location, table: str | Path | pd.DataFrame) -> dict[str, Any]:
@@ -110,43 +112,60 @@ def annotate_store(place: str | Path | Location, table: str | Path | pd.DataFram
         If the table names none of the cells.
     """
     frame, where = read_table(table), "table" if isinstance(table, pd.DataFrame) else str(table)
+    frame = rename_columns(frame, {}, where)
+    digest = hashlib.blake2b(frame.to_csv().encode(), digest_size=16).hexdigest()
     location = open_location(place)
-    base = Collection(location)
+    read_generation(location)  # nothing is made beside a store that isn't there
+    with Journal(location) as journal:
+        base = Collection(location)
+        joined = _joined(base, frame, where)
+        columns = {str(name): as_categorical_or_number(joined[name]) for name in joined.columns}
+        done = any(o["digest"] == digest and o["n_obs"] == base.n_obs for o in base.manifest.overlays[-1:])
+        journal.forget_finished()
+        if not done:
+            journal.begin({"annotate": digest})
+            _commit_overlay(base, journal, pd.DataFrame(columns, index=base.obs_names), digest)
+            journal.remove()
+        number = base.generation + (not done)
+    return {"n_cells": int(joined.notna().any(axis=1).sum()), "columns": list(columns), "generation": number}
+
+
+def _joined(base: Collection, frame: pd.DataFrame, where: str) -> pd.DataFrame:
+    """The table in the order of the store's cells, if the store may take it."""
     if base.kind == "view":
-        raise UsageError("is a view, which never changes", where=str(location), fix="annotate its store")
+        raise UsageError("is a view, which never changes", where=str(base.path), fix="annotate its store")
+    if not len(frame.columns):
+        raise BadFileError(
+            "no column that may be joined", where=where, fix="names that begin with _streamx_ are reserved"
+        )
     if base.batch_key in frame.columns:
         raise UsageError(
             f"{base.batch_key!r} names the batches; it can't change", where=where, fix="rename it"
         )
+    for name in set(frame.columns) & set(base.obs_columns):
+        warn(f"obs column {name!r} is replaced, also where the table is silent", where=where)
     originals = base.obs_column(NAME) if NAME in base.obs_columns else None
-    joined = join_by_name(frame, base.obs_names, originals, where)
-    columns = {str(name): as_categorical_or_number(joined[name]) for name in joined.columns}
-    overlay = pd.DataFrame(columns, index=base.obs_names)
+    return join_by_name(frame, base.obs_names, originals, where)
+
+
+def _commit_overlay(base: Collection, journal: Journal, overlay: pd.DataFrame, digest: str) -> None:
     state = base.manifest
     number = state.number + 1
-    digest = hashlib.blake2b(frame.to_csv().encode(), digest_size=16).hexdigest()
-    journal = Journal(location, {"annotate": digest})
-    try:
-        draft = Draft()
-        draft_frame(draft, "", overlay)
-        path = f"obs/{number:06d}.zarr"
-        staged = type(location)(location.root, tmp=journal.tmp)
-        objects: ObjectTable = {}
-        for key, data in draft.take().items():
-            staged.write(f"{path}/{key}", data)
-            objects[f"{path}/{key}"] = describe(data)
-        entry = {"path": path, "n_obs": base.n_obs, "columns": list(columns)}
-        commit(
-            staged,
-            replace(
-                state,
-                number=number,
-                obs_schema=state.obs_schema | obs_schema(overlay),
-                overlays=(*state.overlays, entry),
-                objects=state.objects | objects,
-            ),
-        )
-        journal.remove()
-    finally:
-        journal.release()
-    return {"n_cells": int(joined.notna().any(axis=1).sum()), "columns": list(columns), "generation": number}
+    draft = Draft()
+    draft_frame(draft, "", overlay)
+    path = f"obs/{number:06d}.zarr"
+    staged = type(base.location)(base.location.root, tmp=journal.tmp)
+    objects = dict(state.objects)
+    for key, data in draft.take().items():
+        staged.write(f"{path}/{key}", data)
+        objects[f"{path}/{key}"] = describe(data)
+    entry = {"path": path, "n_obs": base.n_obs, "columns": list(overlay.columns), "digest": digest}
+    after = replace(
+        state,
+        number=number,
+        obs_schema=state.obs_schema | obs_schema(overlay),
+        overlays=(*state.overlays, entry),
+        objects=objects,
+    )
+    sweep(staged, {*expected_objects(staged, after), state.path})
+    commit(staged, after, state)

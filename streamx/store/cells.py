@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from streamx.errors import BatchError, UsageError
+from streamx.store.frame import as_text, safe_name
 
 log = logging.getLogger("streamx")
 
@@ -33,24 +34,24 @@ def rename_columns(obs: pd.DataFrame, names: Mapping[str, str], where: str) -> p
         raise UsageError(
             f"--obs-map names the columns {absent}", where=where, fix=f"its columns are {list(obs.columns)}"
         )
-    renamed = obs.rename(columns=dict(names))
-    # "/" would make a column a folder of the store
-    renamed.columns = pd.Index([str(name).replace("/", "|") for name in renamed.columns], dtype=object)
+    kept = [name for name in obs.columns if not str(name).startswith(_PREFIX)]
+    renamed = obs[kept].rename(columns=dict(names))
+    renamed.columns = pd.Index([safe_name(name) for name in renamed.columns], dtype=object)
     if renamed.columns.has_duplicates:
         twice = sorted(set(renamed.columns[renamed.columns.duplicated()]))
         raise UsageError(
             f"several obs columns are named {twice}", where=where, fix="rename one with --obs-map"
         )
-    return renamed[[name for name in renamed.columns if not name.startswith(_PREFIX) and name != "_index"]]
+    return renamed
 
 
-def add_batches(frames: dict[str, pd.DataFrame], batch_key: str | None, *, per_file: bool) -> str:
-    """Give every file's obs its batch column, in place.
+def add_batch(obs: pd.DataFrame, key: str, batch_key: str | None, *, per_file: bool) -> str:
+    """Give a file's obs its batch column, in place.
 
     Parameters
     ----------
-    frames
-        File key -> obs.
+    obs, key
+        Cells of one file, and its key.
     batch_key
         An obs column, or several joined by commas (their values are joined by ``_``); None: ``batch``.
     per_file
@@ -64,36 +65,44 @@ def add_batches(frames: dict[str, pd.DataFrame], batch_key: str | None, *, per_f
     Raises
     ------
     BatchError
-        If a file has no such column, or a cell no batch; lists columns that could name it.
+        If the file has no such column, or a cell no batch; lists columns that could name it.
     """
     if per_file:
-        for key, obs in frames.items():
-            if "batch" in obs.columns:
-                log.info("%s: its column 'batch' is kept as 'batch_original'; batches are files", key)
-                obs["batch_original"] = obs["batch"]
-            obs["batch"] = key
+        _set_batch(obs, key, "batch", pd.Series(key, index=obs.index, dtype=object))
         return "batch"
-    columns = [name.strip() for name in (batch_key or "batch").split(",")]
-    name = "_".join(columns)
-    for key, obs in frames.items():
-        absent = [column for column in columns if column not in obs.columns]
-        if absent:
-            raise BatchError(
-                f"no obs column {', '.join(absent)} says which batch a cell is from",
-                where=key,
-                fix=f"--batch-key with one of: {_candidates(obs)}; or rename one with --obs-map",
-            )
-        values = [_as_text(obs[column]) for column in columns]
-        missing = np.logical_or.reduce([value.isna().to_numpy() for value in values])
-        if missing.any():
-            cell = obs.index[int(np.argmax(missing))]
-            raise BatchError(
-                f"{int(missing.sum())} cells have no batch in {', '.join(columns)}, the first is {cell!r}",
-                where=key,
-                fix="name their batch, or leave these cells out",
-            )
-        obs[name] = values[0] if len(values) == 1 else values[0].str.cat(values[1:], sep="_")
-    return name
+    columns = [safe_name(name.strip()) for name in (batch_key or "batch").split(",")]
+    absent = [column for column in columns if column not in obs.columns]
+    if absent:
+        raise BatchError(
+            f"no obs column {', '.join(absent)} says which batch a cell is from",
+            where=key,
+            fix=f"--batch-key with one of: {_candidates(obs)}; or rename one with --obs-map",
+        )
+    values = [as_text(obs[column]) for column in columns]
+    missing = np.logical_or.reduce([value.isna().to_numpy() for value in values])
+    if missing.any():
+        cell = obs.index[int(np.argmax(missing))]
+        raise BatchError(
+            f"{int(missing.sum())} cells have no batch in {', '.join(columns)}, the first is {cell!r}",
+            where=key,
+            fix="name their batch, or leave these cells out",
+        )
+    if len(columns) == 1:
+        obs[columns[0]] = values[0]
+        return columns[0]
+    _set_batch(obs, key, "_".join(columns), values[0].str.cat([v.to_numpy() for v in values[1:]], sep="_"))
+    return "_".join(columns)
+
+
+def _set_batch(obs: pd.DataFrame, key: str, name: str, values: pd.Series) -> None:
+    """Set the batch column; a column that has its name already is kept under another."""
+    if name in obs.columns:
+        kept = f"{name}_original"
+        while kept in obs.columns:
+            kept += "_"
+        log.warning("%s: its column %r is kept as %r; %r names the batches", key, name, kept, name)
+        obs[kept] = obs[name]
+    obs[name] = values
 
 
 def _candidates(obs: pd.DataFrame) -> str:
@@ -107,13 +116,17 @@ def _candidates(obs: pd.DataFrame) -> str:
 
 
 def unite(
-    frames: Sequence[pd.DataFrame], batch_key: str, schema: Mapping[str, dict[str, Any]] | None = None
+    frames: Sequence[pd.DataFrame],
+    batch_key: str,
+    schema: Mapping[str, dict[str, Any]] | None = None,
+    stored: Callable[[str], pd.Series] | None = None,
 ) -> pd.DataFrame:
     """One table of all cells: the union of columns, missing values NA, one dtype per column.
 
     Integers with missing values become nullable; text becomes categorical, its categories sorted by name;
     columns whose dtypes conflict become text and are reported. With the `schema` of an existing store its
-    categories come first, in their order, so that no code that was ever written changes.
+    categories come first, in their order, so that no code that was ever written changes; `stored` reads one
+    of its columns, whose values become categories where its numbers now have to be text.
     """
     schema = schema or {}
     names = list(dict.fromkeys([*schema, *(name for frame in frames for name in frame.columns)]))
@@ -121,12 +134,17 @@ def unite(
     columns = {}
     for name in names:
         if not name.startswith(_PREFIX):
-            columns[name] = _unite_column(name, frames, schema.get(name), always=name == batch_key)
+            columns[name] = _unite_column(name, frames, schema.get(name), stored, always=name == batch_key)
     return pd.DataFrame(columns, index=index)
 
 
 def _unite_column(
-    name: str, frames: Sequence[pd.DataFrame], before: dict[str, Any] | None, *, always: bool
+    name: str,
+    frames: Sequence[pd.DataFrame],
+    before: dict[str, Any] | None,
+    stored: Callable[[str], pd.Series] | None,
+    *,
+    always: bool,
 ) -> Any:
     pieces = [frame[name] if name in frame.columns else None for frame in frames]
     kinds = {_kind(piece) for piece in pieces if piece is not None} - {"none"}
@@ -141,15 +159,18 @@ def _unite_column(
     lengths = [len(frame) for frame in frames]
     if kind == "text":
         texts = [
-            _as_text(piece).to_numpy() if piece is not None else np.full(n, None, dtype=object)
+            as_text(piece).to_numpy() if piece is not None else np.full(n, None, dtype=object)
             for piece, n in zip(pieces, lengths, strict=True)
         ]
+        if before and _schema_kind(before) != "text" and stored is not None:
+            before = {"dtype": "category", "categories": sorted(set(as_text(stored(name)).dropna()))}
         return _categorical(np.concatenate(texts), before, always)
     dtype: Any = {"int": "Int64", "float": "float64", "bool": "boolean"}[kind]
+    missing = np.nan if kind == "float" else pd.NA
     parts = [
-        (piece.astype(dtype) if _kind(piece) != "none" else pd.Series([pd.NA] * n)).astype(dtype)
-        if piece is not None
-        else pd.Series(pd.array([np.nan if kind == "float" else pd.NA] * n, dtype=dtype))
+        piece.astype(dtype)
+        if piece is not None and _kind(piece) != "none"
+        else pd.Series(pd.array([missing], dtype=dtype)).repeat(n)
         for piece, n in zip(pieces, lengths, strict=True)
     ]
     column = pd.concat(parts, ignore_index=True)
@@ -168,7 +189,7 @@ def _kind(column: pd.Series) -> str:
     if dtype.kind == "b":
         return "bool"
     if dtype.kind in "iu":
-        return "int"
+        return "int" if dtype.kind == "i" or column.max() <= np.iinfo(np.int64).max else "text"
     return "float" if dtype.kind == "f" else "text"
 
 
@@ -177,37 +198,21 @@ def _schema_kind(schema: dict[str, Any]) -> str:
     return {"i": "int", "u": "int", "f": "float", "b": "bool"}.get(dtype[0], "text")
 
 
-def _as_text(column: pd.Series) -> pd.Series:
-    """Text with None for missing values; 1, 1.0 and "1" are the same text."""
-
-    def text(value: Any) -> Any:
-        if isinstance(value, (float, np.floating)) and float(value).is_integer():
-            return str(int(value))
-        return str(value)
-
-    if isinstance(column.dtype, pd.CategoricalDtype):
-        names = np.array([text(value) for value in column.cat.categories] + [None], dtype=object)
-        return pd.Series(names[column.cat.codes.to_numpy()], index=column.index, dtype=object)
-    values = column.astype(object)
-    return values.map(text, na_action="ignore").where(values.notna(), None)
-
-
 def _categorical(values: np.ndarray, before: dict[str, Any] | None, always: bool) -> Any:
     codes, found = pd.factorize(values, use_na_sentinel=True)
-    if before:
-        text = before["dtype"] == "string"
-    else:
-        text = len(found) > MAX_CATEGORIES and len(found) * 10 > len(values) and not always
-    if text:
-        return pd.Series(values, dtype=object).where(codes >= 0, "").array
     known = [str(name) for name in (before or {}).get("categories", [])]
-    categories = known + sorted(set(found) - set(known))
-    return pd.Categorical(values, categories=categories)
+    new = sorted(set(found) - set(known))
+    many = len(known) + len(new) > MAX_CATEGORIES and len(new) * 10 > len(values) and not always
+    if many or (before or {}).get("dtype") == "string":
+        return pd.Series(values, dtype=object).where(codes >= 0, "").array
+    return pd.Categorical(values, categories=[*known, *new])
 
 
 def as_categorical_or_number(column: pd.Series) -> Any:
     """A single column in the dtype that :func:`unite` would give it."""
-    return _unite_column(str(column.name), [column.rename(str(column.name)).to_frame()], None, always=False)
+    return _unite_column(
+        str(column.name), [column.rename(str(column.name)).to_frame()], None, None, always=False
+    )
 
 
 def unique_names(frames: dict[str, pd.DataFrame], taken: pd.Index | None = None) -> np.ndarray:
@@ -254,7 +259,7 @@ def row_order(
     """
     rows = np.concatenate([np.arange(n, dtype=np.uint64) for n in lengths])
     salt = np.repeat(np.array(digests, dtype=np.uint64), lengths)
-    key = _mix(_mix(rows + _mix(salt)) + np.uint64(seed))
+    key = _mix(_mix(rows + _mix(salt)) + np.uint64(seed % 2**64))
     rank = np.argsort(np.argsort(checksums, kind="stable"), kind="stable")
     order = np.lexsort((rows, np.repeat(rank, lengths), key, batch_codes))
     destination = np.empty(len(order), dtype=np.int64)

@@ -18,8 +18,8 @@ from scipy import sparse
 from streamx.errors import IntegrityError, UsageError
 from streamx.store.frame import Group, cast, column_names, missing, read_column, read_frame
 from streamx.store.genes import unpack_mask
-from streamx.store.location import Location, open_location
-from streamx.store.manifest import Generation, Part, describe, read_generation, read_part
+from streamx.store.location import RESTORE, Location, ObjectTable, describe, open_location
+from streamx.store.manifest import Generation, Part, read_generation, read_part
 from streamx.store.read import Read, concatenate, integrity, open_group, plan_reads
 
 if TYPE_CHECKING:
@@ -72,6 +72,11 @@ class Collection:
         return sum(part["nnz"] for part in self._state.parts)
 
     @property
+    def maximum(self) -> float:
+        """The largest stored value."""
+        return max((part["maximum"] for part in self._state.parts), default=0)
+
+    @property
     def view(self) -> dict[str, Any] | None:
         """Of a view: its store, the store's generation, transform and parameters."""
         return self._state.view
@@ -80,6 +85,10 @@ class Collection:
     def modalities(self) -> dict[str, dict[str, Any]]:
         """Dense matrices in the same row order: name -> ``{"names": [...], "measured": {batch: [...]}}``."""
         return self._state.modalities
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs to read the same generation; open files stay here."""
+        return {"location": self.location, "_state": self._state}
 
     def __repr__(self) -> str:
         return (
@@ -113,7 +122,8 @@ class Collection:
 
     @cached_property
     def var(self) -> pd.DataFrame:
-        frame = read_frame(self._group(0)["var"])
+        with integrity(f"{self.path}/var"):
+            frame = read_frame(self._group(0)["var"])
         frame.index.name = None
         return frame
 
@@ -123,7 +133,8 @@ class Collection:
 
     @cached_property
     def obs_names(self) -> pd.Index:
-        pieces = [np.asarray(group["_index"][:]) for group in self._obs_groups]
+        with integrity(f"{self.path}/obs"):
+            pieces = [np.asarray(group["_index"][:]) for group in self._obs_groups]
         return pd.Index(np.concatenate(pieces).astype(object) if pieces else [], dtype=object)
 
     @property
@@ -150,14 +161,21 @@ class Collection:
             )
         schema = self._state.obs_schema[name]
         stop = self.n_obs if stop is None else stop
-        pieces = [
-            cast(self._stored(name, piece, low, high, schema), schema)
-            for piece, low, high in self._part_ranges(start, stop)
-        ]
-        if not pieces:
-            return missing(0, schema, name)
-        column = pd.concat(pieces, ignore_index=True)
-        return self._overlaid(column, name, start, stop, schema)
+        if not 0 <= start <= stop <= self.n_obs:
+            raise UsageError(
+                f"rows {start}..{stop}, but there are {self.n_obs}", where=f"obs column {name!r}"
+            )
+        pieces = []
+        with integrity(f"{self.path}/obs/{name}"):
+            overlay = next((o for o in reversed(self._state.overlays) if name in o["columns"]), None)
+            if overlay is not None and start < overlay["n_obs"]:  # a later annotation hides what is below it
+                group = open_group(self.location, overlay["path"], self._state.objects)
+                high = min(stop, overlay["n_obs"])
+                pieces.append(cast(read_column(group, name, start, high), schema))
+                start = high
+            for piece, low, high in self._part_ranges(start, stop):
+                pieces.append(cast(self._stored(name, piece, low, high, schema), schema))
+        return pd.concat(pieces, ignore_index=True) if pieces else missing(0, schema, name)
 
     @property
     def batch_key(self) -> str | None:
@@ -185,8 +203,8 @@ class Collection:
         for part in self.parts:
             for source in part.sources:
                 mask = unpack_mask(source["measured"], self.n_vars)
-                for batch in source["batches"]:
-                    measured[position.get(batch, 0)] &= mask
+                codes = [position[batch] for batch in source["batches"] if batch in position]
+                measured[codes or ([] if position else [0])] &= mask
         return measured
 
     # -- values ----------------------------------------------------------------------------------------
@@ -209,7 +227,8 @@ class Collection:
         columns
             Gene positions to keep, in the order wanted; None keeps all.
         dtype
-            Dtype of the values; ``"stored"`` gives the stored unsigned integers (whose arithmetic wraps).
+            Dtype of the values (float32 rounds counts above 2^24; see :attr:`maximum`); ``"stored"`` gives
+            the stored unsigned integers, whose arithmetic wraps.
 
         Raises
         ------
@@ -243,10 +262,11 @@ class Collection:
         pieces = []
         for read in plan_reads([(start, stop)], self._shard_starts):
             group = self._group(read.shard)
-            if f"obsm/{name}" in group:
-                pieces.append(np.asarray(group[f"obsm/{name}"][read.start : read.stop]))
-            else:
-                pieces.append(np.zeros((read.stop - read.start, width), dtype=np.float32))
+            with integrity(f"{self.path}/{self._shard_paths[read.shard][0]}/obsm/{name}"):
+                if f"obsm/{name}" in group:
+                    pieces.append(np.asarray(group[f"obsm/{name}"][read.start : read.stop]))
+                else:
+                    pieces.append(np.zeros((read.stop - read.start, width), dtype=np.float32))
         return np.concatenate(pieces) if pieces else np.zeros((0, width), dtype=np.float32)
 
     def table(self, name: str) -> np.ndarray | None:
@@ -256,7 +276,9 @@ class Collection:
             return None
         data = self.location.read(key)
         if describe(data) != list(self._state.objects[key]):
-            raise IntegrityError("bytes are not those that were written", where=f"{self.path}/{key}")
+            raise IntegrityError(
+                "bytes are not those that were written", where=f"{self.path}/{key}", fix=RESTORE
+            )
         return np.load(io.BytesIO(data), allow_pickle=False)
 
     @cached_property
@@ -267,10 +289,14 @@ class Collection:
     # -- out of here -----------------------------------------------------------------------------------
 
     def to_anndata(self, lazy: bool = False) -> anndata.AnnData:
-        """All of it as one AnnData; `lazy` leaves X on disk, as a dask array of CSR blocks."""
+        """All of it as one AnnData; `lazy` leaves X on disk, as a dask array of CSR blocks.
+
+        X is float32, or float64 where a count is too large for float32 to hold it exactly.
+        """
         import anndata
 
-        x: Any = self._dask() if lazy else self.read(0, self.n_obs)
+        dtype = np.float32 if self.maximum <= 1 << 24 else np.float64
+        x: Any = self._dask(dtype) if lazy else self.read(0, self.n_obs, dtype=dtype)
         adata = anndata.AnnData(X=x, obs=self.obs.copy(), var=self.var.copy())
         for name, modality in self.modalities.items():
             adata.obsm[name] = pd.DataFrame(
@@ -278,16 +304,16 @@ class Collection:
             )
         return adata
 
-    def _dask(self, rows: int = 1 << 16) -> Any:
+    def _dask(self, dtype: Any, rows: int = 1 << 16) -> Any:
         import dask.array as da
         from dask import delayed
 
         blocks = [
             da.from_delayed(
-                delayed(self.read)(low, high),
+                delayed(self.read)(low, high, dtype=dtype),
                 shape=(high - low, self.n_vars),
-                dtype=np.float32,
-                meta=sparse.csr_matrix((0, 0), dtype=np.float32),
+                dtype=dtype,
+                meta=sparse.csr_matrix((0, 0), dtype=dtype),
             )
             for low, high in self.iter_rows(rows)
         ]
@@ -333,8 +359,8 @@ class Collection:
         return np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)]).astype(np.int64)
 
     @cached_property
-    def _shard_paths(self) -> list[tuple[str, frozenset[str]]]:
-        return [(shard.path, frozenset(part.objects)) for part in self.parts for shard in part.shards]
+    def _shard_paths(self) -> list[tuple[str, ObjectTable]]:
+        return [(shard.path, part.objects) for part in self.parts for shard in part.shards]
 
     @cached_property
     def _groups(self) -> dict[int, Group]:
@@ -352,7 +378,7 @@ class Collection:
 
     @cached_property
     def _obs_groups(self) -> list[Group]:
-        return [open_group(self.location, part.obs_path, frozenset(part.objects)) for part in self.parts]
+        return [open_group(self.location, part.obs_path, part.objects) for part in self.parts]
 
     def _part_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         for piece in range(len(self.parts)):
@@ -365,20 +391,7 @@ class Collection:
         group = self._obs_groups[piece]
         if name not in column_names(group):
             return missing(high - low, schema, name)
-        with integrity(f"{self.path}/obs/{name}"):
-            return read_column(group, name, low, high)
-
-    def _overlaid(
-        self, column: pd.Series, name: str, start: int, stop: int, schema: dict[str, Any]
-    ) -> pd.Series:
-        """The column with later annotations over it."""
-        for overlay in self._state.overlays:
-            if name in overlay["columns"] and start < overlay["n_obs"]:
-                group = open_group(self.location, overlay["path"], frozenset(self._state.objects))
-                high = min(stop, overlay["n_obs"])
-                new = cast(read_column(group, name, start, high), schema)
-                column = pd.concat([new, column.iloc[high - start :]], ignore_index=True)
-        return column
+        return read_column(group, name, low, high)
 
     def _read(self, read: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """indptr (from 0), indices, data of some rows of one shard."""

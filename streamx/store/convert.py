@@ -4,32 +4,32 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
-from scipy import sparse
 
 from streamx.config import ConvertConfig, build, parse_bytes
 from streamx.errors import EmptyError, InputError, UsageError, warn
 from streamx.schema import align, check_overlap
 from streamx.store import cells, genes
 from streamx.store.collection import Collection
-from streamx.store.ingest import Source, check_counts, open_sources
-from streamx.store.journal import Journal, journal_path
+from streamx.store.ingest import Source, open_sources
+from streamx.store.journal import Journal
 from streamx.store.location import Location, open_location
-from streamx.store.pack import Content, already_written, write_part
+from streamx.store.manifest import FORMAT, read_generation
+from streamx.store.pack import Content, start, write_part
+from streamx.store.slabs import SourceError, blame, modalities, slabs_of
 from streamx.store.spill import Slab
-from streamx.threads import thread_count
 
 log = logging.getLogger("streamx")
+T = TypeVar("T")
 
-MAX_SLAB_ROWS = 1 << 16
 # What decides the bytes of a store; the rest (memory, threads, on_error) may change between runs.
 _DECISIVE = (
     "batch_key", "join", "layer", "modality", "obsm", "strip_versions", "duplicate_genes", "allow_float",
@@ -95,78 +95,95 @@ def convert_files(
 ) -> Converted:
     """Like :func:`convert`, and also say which inputs were left out."""
     config: ConvertConfig = build(ConvertConfig, settings)
-    location = open_location(output)
-    base = Collection(location) if append else None
-    if base is not None:
-        config = _like(base, config)
+    if config.shard_rows < 1:
+        raise UsageError(f"shard_rows = {config.shard_rows}", fix="at least 1; a million is usual")
     memory = parse_bytes(config.memory)
+    location = open_location(output)
+    if append:
+        read_generation(location)  # nothing is made beside a store that isn't there
     skipped: list[InputError] = []
-    skip = config.on_error == "skip"
-    scratch = journal_path(location.root) / "ingest"
-    with ExitStack() as stack:
+    with Journal(location) as journal, ExitStack() as stack:
+        base = Collection(location) if append else None
+        if base is not None:
+            config = _like(base, config)
         listed = [inputs] if isinstance(inputs, (str, Path)) or hasattr(inputs, "obs_names") else inputs
         sources = open_sources(
             listed,
             layer=config.layer,
             modality=config.modality,
-            scratch=scratch,
+            scratch=journal.ingest,
             memory=memory // 4,
-            failed=skipped if skip else None,
+            failed=skipped if config.on_error == "skip" else None,
         )
         for source in sources:
             stack.callback(source.close)
-        while True:
-            if not sources:
-                raise EmptyError("no input is left", fix="mend one of the inputs named above")
-            try:
-                collection = _convert(sources, location, base, config, memory)
-            except SourceError as failure:
-                if not skip:
-                    raise failure.error from failure.error.__cause__
-                skipped.append(failure.error)
-                sources = [source for source in sources if source is not failure.source]
-            else:
-                break
+        several = len(sources) + len(skipped) > 1
+        checksums, sources = _while_good(_checksums, sources, config, skipped)
+        fingerprint = _fingerprint(sources, checksums, several, base, config)
+        finished = start(journal, fingerprint, append=append)
+        if finished is None:
+            write = partial(_write, location, journal, base, config, memory, fingerprint)
+            collection, _ = _while_good(write, sources, config, skipped)
+        else:
+            log.info("%s is complete already", location)
+            collection = finished
+            skipped += _left_out(finished, fingerprint)
     for error in skipped:
         warn(f"left out: {error.what}", where=error.where, fix=error.fix)
     return Converted(collection, tuple(skipped))
 
 
-class SourceError(Exception):
-    """An input that turned out to be unusable while it was read."""
+def _while_good(
+    work: Callable[[list[Source]], T], sources: list[Source], config: ConvertConfig, skipped: list[InputError]
+) -> tuple[T, list[Source]]:
+    """The work's result, done without the inputs that spoil it where that is asked for; and those left."""
+    while sources:
+        try:
+            return work(sources), sources
+        except SourceError as failure:
+            if config.on_error != "skip":
+                raise failure.error from failure.error.__cause__
+            skipped.append(failure.error)
+            sources = [source for source in sources if source is not failure.source]
+    raise EmptyError(
+        f"no input is left, the first of {len(skipped)} is {skipped[0]}" if skipped else "no input",
+        fix="mend one of them",
+    )
 
-    def __init__(self, source: Source, error: InputError) -> None:
-        super().__init__(str(error))
-        self.source, self.error = source, error
 
-
-def _convert(
-    sources: list[Source], location: Location, base: Collection | None, config: ConvertConfig, memory: int
+def _write(
+    location: Location,
+    journal: Journal,
+    base: Collection | None,
+    config: ConvertConfig,
+    memory: int,
+    fingerprint: dict[str, Any],
+    sources: list[Source],
 ) -> Collection:
-    fingerprint = _fingerprint(sources, base, config)
-    finished = already_written(location, fingerprint, append=base is not None)
-    if finished is not None:
-        log.info("%s is complete already", location)
-        return finished
-    journal = Journal(location, fingerprint)
-    try:
-        content, slabs = _plan(sources, base, config, memory, fingerprint)
-        return write_part(
-            location,
-            slabs,
-            content,
-            preset=config.preset,
-            shard_rows=config.shard_rows,
-            memory=memory,
-            threads=config.threads,
-            append=base is not None,
-            journal=journal,
+    content, slabs = _plan(sources, base, config, memory, fingerprint)
+    return write_part(
+        location,
+        slabs,
+        content,
+        preset=config.preset,
+        shard_rows=config.shard_rows,
+        memory=memory,
+        threads=config.threads,
+        append=base is not None,
+        journal=journal,
+    )
+
+
+def _left_out(collection: Collection, fingerprint: dict[str, Any]) -> list[InputError]:
+    """The inputs that the run which wrote this store has skipped."""
+    held = {source["checksum"] for part in collection.parts for source in part.sources}
+    return [
+        InputError(
+            "is not in the store: an earlier run left it out", where=key, fix="mend it, then --append it"
         )
-    except (InputError, UsageError, SourceError):
-        journal.remove()  # nothing to resume: the input has to change
-        raise
-    finally:
-        journal.release()
+        for key, entry in fingerprint["inputs"].items()
+        if entry["checksum"] not in held
+    ]
 
 
 def _like(base: Collection, config: ConvertConfig) -> ConvertConfig:
@@ -180,20 +197,43 @@ def _like(base: Collection, config: ConvertConfig) -> ConvertConfig:
             where=str(base.path),
             fix="leave --batch-key out; --obs-map renames a column of the new file",
         )
-    return replace(config, preset=before["preset"], seed=before["seed"], batch_key=before["batch_key"])
+    return replace(
+        config,
+        preset=before["preset"],
+        seed=before["seed"],
+        batch_key=before["batch_key"],
+        strip_versions=config.strip_versions or before["strip_versions"],
+    )
 
 
-def _fingerprint(sources: list[Source], base: Collection | None, config: ConvertConfig) -> dict[str, Any]:
+def _checksums(sources: list[Source]) -> dict[str, str]:
+    checksums: dict[str, str] = {}
+    for source in sources:
+        with blame(source):
+            checksums[source.key] = source.checksum()
+        twins = [key for key, checksum in checksums.items() if checksum == checksums[source.key]]
+        if len(twins) > 1:
+            warn(f"holds the same as {twins[0]!r}: each of its cells will occur twice", where=source.location)
+    return checksums
+
+
+def _fingerprint(
+    sources: list[Source],
+    checksums: dict[str, str],
+    several: bool,
+    base: Collection | None,
+    config: ConvertConfig,
+) -> dict[str, Any]:
     settings: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
     settings["obsm"] = list(config.obsm)
     settings["obs_map"] = _read_obs_map(config)
     settings["batches_are_files"] = (
-        config.batch_key is None and len(sources) > 1
+        config.batch_key is None and several
         if base is None
         else base.manifest.fingerprint["settings"]["batches_are_files"]
     )
-    inputs = {source.key: {"checksum": source.checksum(), "n_obs": source.n_obs} for source in sources}
-    return {"settings": settings, "inputs": inputs}
+    inputs = {source.key: {"checksum": checksums[source.key], "n_obs": source.n_obs} for source in sources}
+    return {"format": FORMAT, "settings": settings, "inputs": inputs}
 
 
 def _read_obs_map(config: ConvertConfig) -> dict[str, dict[str, str]]:
@@ -223,26 +263,30 @@ def _plan(
 ) -> tuple[Content, list[Slab]]:
     """Everything that names and obs decide, before a value is read."""
     keys = _file_keys(sources, base, fingerprint)
-    axes = [
-        genes.resolve_names(
-            source.var_names,
-            rule=config.duplicate_genes,
-            strip_versions=config.strip_versions,
-            where=source.location,
-        )
-        for source in sources
-    ]
+    axes, frames = [], {}
+    for key, source in zip(keys, sources, strict=True):
+        with blame(source):
+            axes.append(
+                genes.resolve_names(
+                    source.var_names,
+                    rule=config.duplicate_genes,
+                    strip_versions=config.strip_versions,
+                    where=source.location,
+                )
+            )
+            obs = cells.rename_columns(
+                source.obs.copy(), fingerprint["settings"]["obs_map"].get(source.key, {}), source.location
+            )
+            per_file = fingerprint["settings"]["batches_are_files"]
+            batch_key = cells.add_batch(obs, key, config.batch_key, per_file=per_file)
+            frames[key] = obs
     axis = list(base.var_names) if base is not None else genes.join_genes(axes, config.join)
     columns = [genes.column_map(names, axis) for names in axes]
-    obs_map = fingerprint["settings"]["obs_map"]
-    frames = {
-        key: cells.rename_columns(source.obs.copy(), obs_map.get(source.key, {}), source.location)
-        for key, source in zip(keys, sources, strict=True)
-    }
-    per_file = fingerprint["settings"]["batches_are_files"]
-    batch_key = cells.add_batches(frames, config.batch_key, per_file=per_file)
     obs = cells.unite(
-        list(frames.values()), batch_key, base.manifest.obs_schema if base is not None else None
+        list(frames.values()),
+        batch_key,
+        base.manifest.obs_schema if base is not None else None,
+        base.obs_column if base is not None else None,
     )
     originals = obs.index.to_numpy(dtype=object)
     obs.index = pd.Index(
@@ -259,7 +303,7 @@ def _plan(
     destination = cells.row_order(codes, digests, checksums, lengths, config.seed)
     by_source = np.split(destination, np.cumsum(lengths)[:-1])
     batch_names = [sorted(set(frames[key][batch_key].astype(str))) for key in keys]
-    obsm = _modalities(sources, config.obsm, [frames[key][batch_key].to_numpy() for key in keys], base)
+    obsm = modalities(sources, config.obsm, [frames[key][batch_key].to_numpy() for key in keys], base)
     entries = [
         _source_entry(source, key, names, axis, cols, batches, checksum, base, config)
         for source, key, names, cols, batches, checksum in zip(
@@ -269,7 +313,7 @@ def _plan(
     slabs = [
         slab
         for source, key, cols, rows in zip(sources, keys, columns, by_source, strict=True)
-        for slab in _slabs(source, key, cols, rows, len(axis), obsm, config, memory)
+        for slab in slabs_of(source, key, cols, rows, len(axis), obsm, config, memory)
     ]
     inverse = np.argsort(destination)
     content = Content(
@@ -297,9 +341,8 @@ def _file_keys(sources: list[Source], base: Collection | None, fingerprint: dict
     for source in sources:
         checksum = fingerprint["inputs"][source.key]["checksum"]
         if checksum in known:
-            raise InputError(
-                f"is in the store already, as {known[checksum]!r}", where=source.location, fix="leave it out"
-            )
+            what = f"is in the store already, as {known[checksum]!r}"
+            raise SourceError(source, InputError(what, where=source.location, fix="leave it out"))
         key, number = source.key, 2
         while key in taken:
             key, number = f"{source.key}-{number}", number + 1
@@ -315,13 +358,14 @@ def _source_entry(
     """What the manifest says of a file; reports (and guards) the overlap of its genes."""
     alignment = align([name for name in names if name is not None], axis)
     if base is not None:
-        check_overlap(
-            alignment,
-            list(source.var_names),
-            axis,
-            where=source.location,
-            strip_versions=config.strip_versions,
-        )
+        with blame(source):
+            check_overlap(
+                alignment,
+                list(source.var_names),
+                axis,
+                where=source.location,
+                strip_versions=config.strip_versions,
+            )
     log.info(
         "%s: %d cells, %d genes; %d of the %d genes of the store (%.0f %%), %d genes of its own dropped",
         key, source.n_obs, source.n_vars, alignment.found, len(axis), 100 * alignment.overlap,
@@ -337,71 +381,3 @@ def _source_entry(
         "batches": batches,
         "measured": genes.pack_mask(genes.measured_mask(columns, len(axis))),
     }
-
-
-def _modalities(
-    sources: list[Source], wanted: Sequence[str], batches: list[np.ndarray], base: Collection | None
-) -> dict[str, tuple[list[str], dict[str, list[bool]]]]:
-    """Features of each dense matrix to carry, and per batch which were measured (not zero throughout)."""
-    found: dict[str, tuple[list[str], dict[str, list[bool]]]] = {}
-    for name in wanted:
-        offered = [source.obsm[name] for source in sources if name in source.obsm]
-        known = base.modalities[name]["names"] if base is not None and name in base.modalities else []
-        if not offered or (base is not None and not known):
-            continue
-        names = known or list(dict.fromkeys(feature for features in offered for feature in features))
-        sums: dict[str, np.ndarray] = {}
-        for source, batch_n in zip(sources, batches, strict=True):
-            for low, dense in _dense_rows(source, name, names):
-                rows = batch_n[low : low + len(dense)]
-                for batch in np.unique(rows.astype(str)):
-                    total = np.abs(dense[rows.astype(str) == batch]).sum(axis=0)
-                    sums[batch] = sums.get(batch, np.zeros(len(names))) + total
-        found[name] = (names, {batch: (total > 0).tolist() for batch, total in sorted(sums.items())})
-    return found
-
-
-def _dense_rows(source: Source, name: str, names: list[str]) -> Iterator[tuple[int, np.ndarray]]:
-    for low in range(0, source.n_obs, MAX_SLAB_ROWS):
-        yield low, _dense(source, name, names, low, min(low + MAX_SLAB_ROWS, source.n_obs))
-
-
-def _dense(source: Source, name: str, names: list[str], low: int, high: int) -> np.ndarray:
-    if name not in source.obsm:
-        return np.zeros((high - low, len(names)), dtype=np.float32)
-    position = {feature: i for i, feature in enumerate(source.obsm[name])}
-    stored = source.read_obsm(name, low, high)
-    dense = np.zeros((high - low, len(names)), dtype=stored.dtype)
-    shared = [(i, position[feature]) for i, feature in enumerate(names) if feature in position]
-    dense[:, [i for i, _ in shared]] = stored[:, [j for _, j in shared]]
-    return dense
-
-
-def _slabs(
-    source: Source, key: str, columns: np.ndarray, rows: np.ndarray, n_genes: int,
-    obsm: Mapping[str, tuple[list[str], Any]], config: ConvertConfig, memory: int,
-) -> Iterator[Slab]:  # fmt: skip
-    """A file in slabs that `threads` threads can hold at once."""
-    probe = source.read(0, min(64, source.n_obs))
-    # a slab is held about four times over while it is mapped and sorted: indices and values, 16 bytes each
-    per_row = 4 * 16 * (probe.nnz / probe.shape[0] + 16) + 8 * source.n_vars
-    size = int(np.clip(memory / 4 / thread_count(config.threads) / per_row, 64, MAX_SLAB_ROWS))
-    for number, low in enumerate(range(0, source.n_obs, size)):
-        high = min(low + size, source.n_obs)
-        read = partial(_read_slab, source, low, high, columns, n_genes, obsm, config.allow_float)
-        yield Slab(f"{key}-{number:06d}", rows[low:high], read)
-
-
-def _read_slab(
-    source: Source, low: int, high: int, columns: np.ndarray, n_genes: int,
-    obsm: Mapping[str, tuple[list[str], Any]], allow_float: bool,
-) -> tuple[sparse.csr_matrix, dict[str, np.ndarray]]:  # fmt: skip
-    try:
-        x_ng = source.read(low, high)
-        check_counts(x_ng, source=source, first_row=low, allow_float=allow_float)
-        if x_ng.dtype.kind == "f" and not allow_float:  # whole numbers, as the check has shown
-            x_ng = x_ng.astype(np.int32 if x_ng.nnz == 0 or x_ng.data.max() < 2**31 else np.int64)
-        dense = {name: _dense(source, name, names, low, high) for name, (names, _) in obsm.items()}
-    except InputError as error:
-        raise SourceError(source, error) from error
-    return genes.map_columns(x_ng, columns, n_genes), dense

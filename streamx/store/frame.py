@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any
 
 import numpy as np
 import pandas as pd
+
+RESERVED = ("_index", "zarr.json")
+MAX_NAME_BYTES = 128
 
 Group = Any  # a zarr.Group; zarr's own types say `Array | Group` of every member
 
@@ -50,6 +54,34 @@ def read_frame(group: Group, start: int = 0, stop: int | None = None) -> pd.Data
     return pd.DataFrame(columns, index=index)
 
 
+def as_text(column: pd.Series) -> pd.Series:
+    """Text with None for missing values; 1, 1.0 and "1" are the same text."""
+
+    def text(value: Any) -> Any:
+        if isinstance(value, (float, np.floating)) and float(value).is_integer():
+            return str(int(value))
+        return str(value)
+
+    if isinstance(column.dtype, pd.CategoricalDtype):
+        names = np.array([text(value) for value in column.cat.categories] + [None], dtype=object)
+        return pd.Series(
+            names[column.cat.codes.to_numpy()], index=column.index, name=column.name, dtype=object
+        )
+    values = column.astype(object)
+    return values.map(text, na_action="ignore").astype(object).where(values.notna(), None)
+
+
+def safe_name(name: Any) -> str:
+    """A column's name as that of a folder of the store: it can't leave it, nor hide another (R35)."""
+    safe = "".join("|" if c in "/\\" else c if c.isprintable() else "_" for c in str(name))
+    if safe.strip(".") == "" or safe in RESERVED:
+        safe += "_"
+    if len(safe.encode()) > MAX_NAME_BYTES:
+        digest = hashlib.blake2b(safe.encode(), digest_size=4).hexdigest()
+        safe = f"{safe.encode()[: MAX_NAME_BYTES - 9].decode(errors='ignore')}~{digest}"
+    return safe
+
+
 def obs_schema(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """column -> dtype and, for a categorical, its categories in the order of their codes."""
     schema: dict[str, dict[str, Any]] = {}
@@ -74,14 +106,9 @@ def cast(column: pd.Series, schema: dict[str, Any]) -> pd.Series:
             ):
                 return pd.Series(pd.Categorical.from_codes(column.cat.codes, whole), name=column.name)
             return column.astype(pd.CategoricalDtype(whole))
-        text = (
-            column.astype(object)
-            .where(column.notna(), None)
-            .map(lambda value: value if value is None else str(value))
-        )
-        return pd.Series(pd.Categorical(text, categories=whole), name=column.name)
+        return pd.Series(pd.Categorical(as_text(column), categories=whole), name=column.name)
     if dtype == "string":
-        return column.astype(object).where(column.notna(), "").astype(str).astype(object)
+        return as_text(column).fillna("")
     return column if str(column.dtype) == dtype else column.astype(dtype)
 
 

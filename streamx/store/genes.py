@@ -12,6 +12,7 @@ from scipy import sparse
 
 from streamx.errors import GeneError
 from streamx.schema import strip_version
+from streamx.store.frame import safe_name
 
 
 def resolve_names(
@@ -103,8 +104,13 @@ def map_columns(x_ng: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> s
     else:
         kept = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
         indptr, data, target = kept[x_ng.indptr], x_ng.data[keep], target[keep]
+    summed = len(np.unique(columns[columns >= 0])) < (columns >= 0).sum()
+    if summed and data.dtype.kind in "ui":
+        data = data.astype(np.int64)  # sums of small integers wrap
     mapped = sparse.csr_matrix((data, target.astype(np.int32), indptr), shape=(x_ng.shape[0], n_genes))
     mapped.sum_duplicates()
+    if summed:
+        mapped.eliminate_zeros()  # normalised values may cancel
     return mapped
 
 
@@ -119,7 +125,7 @@ def common_var(
         kept = kept[[name is not None for name in axis]]
         aligned.append(kept[~kept.index.duplicated()])
     for name in aligned[0].columns if aligned else []:
-        if "/" in str(name) or not all(name in frame.columns for frame in aligned):
+        if not all(name in frame.columns for frame in aligned):
             continue
         merged = aligned[0][name].astype(object).reindex(genes)
         for frame in aligned[1:]:
@@ -129,7 +135,7 @@ def common_var(
             merged = merged.where(merged.notna(), other)
         else:
             numeric = aligned[0][name].dtype.kind in "iufb" and merged.notna().all()
-            var[str(name)] = (
+            var[safe_name(name)] = (
                 merged.astype(aligned[0][name].dtype)
                 if numeric
                 else merged.map(lambda value: "" if pd.isna(value) else str(value))

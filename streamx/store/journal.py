@@ -5,58 +5,103 @@ It lies beside the store (``STORE.journal``), never inside, and is removed when 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import shutil
 import socket
 from pathlib import Path
 from typing import Any
 
-from streamx.errors import LockedError, SettingsChangedError
-from streamx.store.location import Location
-from streamx.store.manifest import dump
+from streamx.errors import InputError, LockedError, SettingsChangedError, UsageError
+from streamx.store.location import Location, storage_error
+from streamx.store.manifest import MARKER, dump, journal_path, read_generation
+
+SETTINGS, LOCK = "settings.json", "lock"
 
 
 class Journal:
     """An exclusive lock, the run's fingerprint, and one small record per finished step.
+
+    Use it in a ``with`` block: whoever holds the lock may look at the store and change it. What was begun is
+    kept for a later run, unless an :class:`InputError` or :class:`UsageError` says that the input or the
+    settings have to change.
 
     Parameters
     ----------
     store
         The folder that is being written.
     fingerprint
-        Settings and inputs: a run may only be resumed with the same.
+        If given, :meth:`begin` with it.
 
     Raises
     ------
     LockedError
-        If another process is writing there.
-    SettingsChangedError
-        If an unfinished run was started with other settings or inputs; names the field.
+        If another process (or thread) is writing there.
     """
 
-    def __init__(self, store: Location, fingerprint: dict[str, Any]) -> None:
-        root = journal_path(store.root)
-        self._lock: int | None = _lock(root)
-        self.location = type(store)(root)
-        self.scratch = root / "spill"
-        self.tmp = root / "tmp"
-        shutil.rmtree(self.tmp, ignore_errors=True)
-        self.tmp.mkdir(parents=True, exist_ok=True)
-        data = dump(fingerprint)
-        if self.location.exists("settings.json"):
-            before = json.loads(self.location.read("settings.json"))
-            field = first_difference(before, json.loads(data))
-            if field:
+    def __init__(self, store: Location, fingerprint: dict[str, Any] | None = None) -> None:
+        self.store = store
+        self.location = type(store)(journal_path(store.root))
+        self.tmp = self.location.root / "tmp"
+        self.ingest = self.location.root / "ingest"
+        self._begun = False
+        self._lock: int | None = _lock(self.location.root)
+        if fingerprint is not None:
+            try:
+                self.begin(fingerprint)
+            except BaseException:
                 self.release()
-                raise SettingsChangedError(
-                    f"an unfinished run was started with another {field}",
-                    where=str(store),
-                    fix=f"run it with the same settings and inputs, or start over: rm -r {root.name}"
-                    " (and the unfinished store)",
-                )
-        else:
-            self.location.write("settings.json", data)
+                raise
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            if self.fingerprint is None or (self._begun and isinstance(error, (InputError, UsageError))):
+                self.remove()
+        finally:
+            self.release()
+
+    @property
+    def fingerprint(self) -> dict[str, Any] | None:
+        """Settings and inputs of the unfinished run, or None."""
+        return json.loads(self.location.read(SETTINGS)) if self.location.exists(SETTINGS) else None
+
+    def begin(self, fingerprint: dict[str, Any]) -> None:
+        """Begin a run, or go on with the one that was interrupted.
+
+        Raises
+        ------
+        SettingsChangedError
+            If an unfinished run was started with other settings or inputs; names the field.
+        """
+        data = dump(fingerprint)
+        self.forget_finished()
+        before = self.fingerprint
+        if before is None:
+            self.clear(keep=(self.ingest.name,))
+            self.location.write(SETTINGS, data)
+        field = first_difference(before, json.loads(data)) if before is not None else None
+        if field:
+            raise SettingsChangedError(
+                f"an unfinished run was started with another {field}",
+                where=str(self.store),
+                fix="run it with the same settings and inputs; or give it up: rm -r "
+                + str(self.location if self.store.exists(MARKER) else f"{self.location} {self.store}"),
+            )
+        self.location.delete_tree("tmp")
+        self._begun = True
+
+    def forget_finished(self) -> None:
+        """A run that was killed between its commit and its end has left a journal, and nothing to do."""
+        if self.fingerprint is None or not self.store.exists(MARKER):
+            return
+        state = read_generation(self.store)
+        committed = [state.fingerprint, *({"annotate": overlay["digest"]} for overlay in state.overlays[-1:])]
+        if self.fingerprint in committed:
+            self.clear(keep=(self.ingest.name,))
+            self.location.delete(SETTINGS)
 
     def find(self, name: str) -> Any | None:
         """What :meth:`record` wrote under this name, or None."""
@@ -67,9 +112,22 @@ class Journal:
         """A step is done."""
         self.location.write(f"records/{name}.json", dump(payload))
 
+    def clear(self, keep: tuple[str, ...] = ()) -> None:
+        """Forget all steps, but neither the lock nor, yet, what they were for."""
+        for name in sorted(os.listdir(self.location.root)):
+            if name not in (SETTINGS, LOCK, *keep):
+                self.location.delete_tree(name)
+
     def remove(self) -> None:
-        """The commit has succeeded: forget it all."""
-        shutil.rmtree(self.location.root, ignore_errors=True)
+        """The commit has succeeded: forget it all, the lock last, so that nobody else begins meanwhile."""
+        if self._lock is None:
+            return
+        self.clear()
+        self.location.delete(SETTINGS)
+        self.location.delete(LOCK)
+        with contextlib.suppress(OSError):  # the next one is here already
+            self.location.root.rmdir()
+        self._begun = False
         self.release()
 
     def release(self) -> None:
@@ -79,21 +137,19 @@ class Journal:
             self._lock = None
 
 
-def journal_path(store: Path) -> Path:
-    return store.with_name(store.name + ".journal")
-
-
 def _lock(root: Path) -> int:
     """An advisory lock that the kernel drops when the process dies, however it dies."""
     import fcntl
 
-    path = root / "lock"
+    path = root / LOCK
     while True:
-        root.mkdir(parents=True, exist_ok=True)
         try:
+            root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except FileNotFoundError:  # another run has just finished and removed the folder
             continue
+        except OSError as error:
+            raise storage_error(error, str(root)) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -104,10 +160,16 @@ def _lock(root: Path) -> int:
                 where=str(root),
                 fix="wait until it has finished, or stop it, then run the command again",
             ) from None
-        if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-            return descriptor
+        try:
+            if os.fstat(descriptor).st_ino == path.stat().st_ino:
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                return descriptor
+        except FileNotFoundError:  # likewise: what we have locked is deleted
+            pass
+        except OSError as error:
+            os.close(descriptor)
+            raise storage_error(error, str(path)) from error
         os.close(descriptor)
 
 

@@ -6,9 +6,12 @@ Everything that streamx writes goes through :meth:`Location.write` (whole object
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
+import threading
+import zlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +22,28 @@ from streamx.errors import IntegrityError, ResourceError, StorageError, UsageErr
 if TYPE_CHECKING:
     from zarr.abc.store import Store
 
+RESTORE = "restore it from a copy, or convert again"
+
+
+Bytes = bytes | memoryview
+ObjectTable = dict[str, list[Any]]  # key -> [bytes, CRC-32], as :func:`describe` gives them
+
 
 def crc32c(data: bytes | memoryview) -> str:
-    """CRC-32C (Castagnoli) of the bytes, eight hexadecimal digits."""
+    """CRC-32C (Castagnoli) of the bytes, eight hexadecimal digits; see :func:`describe` for objects."""
     return f"{google_crc32c.value(bytes(data)):08x}"
+
+
+def describe(*data: Bytes) -> list[Any]:
+    """Length and CRC-32 of an object that is given in pieces: ``[bytes, eight hexadecimal digits]``.
+
+    Not CRC-32C, although zarr has it: zarr appends it to chunks and shard indices, and the CRC of bytes that
+    end in their own CRC is a constant. All our objects of one length would have the same.
+    """
+    crc, size = 0, 0
+    for piece in data:
+        crc, size = zlib.crc32(piece, crc), size + memoryview(piece).nbytes
+    return [size, f"{crc:08x}"]
 
 
 class Location:
@@ -68,23 +89,28 @@ class Location:
         except (FileNotFoundError, NotADirectoryError):
             return None
 
-    def write(self, key: str, data: bytes | memoryview) -> None:
-        """Put a whole object in place: a reader sees the old one or the new one, never a part."""
+    def write(self, key: str, *data: Bytes) -> None:
+        """Put a whole object (the pieces, joined) in place: a reader sees the old one or the new one."""
         target = self.path(key)
-        tmp = (self.tmp or target.parent) / f".{target.name}.{os.getpid()}.{abs(hash(key)):x}.tmp"
+        # one thread writes one object at a time; the object's own name might leave no room for more letters
+        tmp = (self.tmp or target.parent) / f".{os.getpid()}-{threading.get_ident():x}.tmp"
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             tmp.parent.mkdir(parents=True, exist_ok=True)
-            tmp.write_bytes(data)
+            with tmp.open("wb") as stream:
+                for piece in data:
+                    stream.write(piece)
             os.replace(tmp, target)
         except OSError as error:
-            tmp.unlink(missing_ok=True)
-            raise _storage_error(error, f"{self.root}/{key}") from error
+            with contextlib.suppress(OSError):
+                tmp.unlink()
+            raise storage_error(error, f"{self.root}/{key}") from error
 
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str = "") -> None:
+        """Delete all objects below a prefix; without one, the root too."""
         shutil.rmtree(self.path(prefix) if prefix else self.root, ignore_errors=True)
 
     def list(self, prefix: str = "") -> list[str]:
@@ -97,7 +123,7 @@ class Location:
         """Everything written so far survives a power cut."""
         os.sync()
 
-    def zarr(self, prefix: str, expected: frozenset[str] | None = None) -> Store:
+    def zarr(self, prefix: str, expected: ObjectTable | None = None) -> Store:
         """A read-only zarr store over a prefix.
 
         Parameters
@@ -105,13 +131,15 @@ class Location:
         prefix
             Key of the zarr hierarchy's root.
         expected
-            Keys (relative to this location) that must exist. zarr reads a lost object as zeros; here a
-            lost object among these is an :class:`~streamx.errors.IntegrityError`.
+            What must exist, as in the manifest (keys relative to this location). zarr reads a lost object as
+            zeros; here it is an :class:`~streamx.errors.IntegrityError`, and so is changed metadata, which
+            no codec protects.
         """
-        return _strict_store(self.path(prefix), prefix, expected or frozenset())
+        return _strict_store(self.path(prefix), prefix, expected or {})
 
 
-def _storage_error(error: OSError, where: str) -> StorageError | ResourceError:
+def storage_error(error: OSError, where: str) -> StorageError | ResourceError:
+    """What the operating system says about a failed write, as one of ours."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return ResourceError(
             "the disk is full", where=where, fix="free some space and run the same command again"
@@ -123,16 +151,19 @@ def _storage_error(error: OSError, where: str) -> StorageError | ResourceError:
     )
 
 
-def _strict_store(root: Path, prefix: str, expected: frozenset[str]) -> Store:
+def _strict_store(root: Path, prefix: str, expected: ObjectTable) -> Store:
     from zarr.storage import LocalStore, WrapperStore
 
     class StrictStore(WrapperStore[LocalStore]):
         async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
             value = await self._store.get(key, prototype, byte_range)
-            if value is None and f"{prefix}/{key}" in expected:
-                raise IntegrityError(
-                    "object is missing", where=str(root / key), fix="restore it from a copy, or convert again"
-                )
+            known = expected.get(f"{prefix}/{key}")
+            if known is None:
+                return value
+            if value is None:
+                raise IntegrityError("object is missing", where=str(root / key), fix=RESTORE)
+            if key.endswith("zarr.json") and byte_range is None and describe(value.to_bytes()) != known:
+                raise IntegrityError("metadata are damaged", where=str(root / key), fix=RESTORE)
             return value
 
     return StrictStore(LocalStore(root, read_only=True))

@@ -1,23 +1,25 @@
 """What a collection consists of: the marker, its generations and their parts, as JSON objects.
 
 ``streamx.json`` (the marker) names the newest generation; a generation names its parts; a part names every
-object that one commit added, with size and CRC-32C. All but the marker are written once and never changed,
+object that one commit added, with size and checksum. All but the marker are written once and never changed,
 so a reader that opened one generation keeps reading that one. Nothing holds a time, a host or a path.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from streamx.errors import BadFileError, IncompleteError, IntegrityError
-from streamx.store.location import Location, crc32c
+from streamx.errors import BadFileError, IncompleteError, IntegrityError, UsageError
+from streamx.store.location import RESTORE, Location, ObjectTable, crc32c, describe
 
 FORMAT = 1
 MARKER = "streamx.json"
-
-ObjectTable = dict[str, list[Any]]  # key -> [bytes, crc32c]
+# Where a commit puts its objects; what lies there and is in no manifest is left from an unfinished run.
+FOLDERS = ("generations", "obs", "parts", "shards", "tables")
 
 
 @dataclass(frozen=True)
@@ -52,15 +54,17 @@ class Generation:
     Attributes
     ----------
     parts
-        ``{"path", "bytes", "crc32c", "n_obs", "nnz", "n_shards"}`` for each part, in row order.
+        ``{"path", "bytes", "crc32c", "n_obs", "nnz", "n_shards", "maximum"}`` for each part, in row order.
     obs_schema
         column -> ``{"dtype": ..., "categories": [...]}``: the dtype that all parts are read as.
     overlays
-        obs columns that were joined later: ``{"path", "n_obs", "columns"}``.
+        obs columns that were joined later: ``{"path", "n_obs", "columns", "digest"}``.
     tables
         name -> key of an ``.npy`` object (a view's scale, kept statistics).
     fingerprint
-        Settings and inputs of each commit: what a resumed run must have in common.
+        Settings and inputs of the newest part: what a resumed run must have in common.
+    objects
+        What belongs to no part: tables, overlays, the manifests of the generations before.
     """
 
     kind: str
@@ -90,28 +94,53 @@ def dump(value: Any) -> bytes:
     return (json.dumps(value, separators=(",", ":"), ensure_ascii=False) + "\n").encode()
 
 
-def describe(data: bytes) -> list[Any]:
-    return [len(data), crc32c(data)]
-
-
 def dump_part(part: Part) -> tuple[str, bytes]:
     return f"parts/{part.number:06d}.json", dump(asdict(part))
 
 
 def read_part(location: Location, entry: dict[str, Any]) -> Part:
-    raw = json.loads(_checked(location, entry["path"], [entry["bytes"], entry["crc32c"]]))
+    data = location.read(entry["path"])
+    if [len(data), crc32c(data)] != [entry["bytes"], entry["crc32c"]]:
+        raise _damaged(location, entry["path"])
+    raw = json.loads(data)
     shards = tuple(Shard(**shard) for shard in raw.pop("shards"))
     return Part(shards=shards, sources=tuple(raw.pop("sources")), **raw)
 
 
-def commit(location: Location, generation: Generation) -> None:
-    """Write the generation, make everything durable, then replace the marker: the one step that counts."""
+def commit(location: Location, generation: Generation, base: Generation | None) -> None:
+    """Write the generation after `base`, make everything durable, then replace the marker: what counts."""
+    if base is not None:
+        before = {base.path: describe(dump(asdict(base)))}
+        generation = replace(generation, objects=generation.objects | before)
     data = dump(asdict(generation))
     location.write(generation.path, data)
     location.sync()
-    marker = {"format": FORMAT, "kind": generation.kind, "generation": generation.number}
-    location.write(MARKER, dump(marker | {"path": generation.path, "object": describe(data)}))
+    location.write(MARKER, _marker(generation, data))
     location.sync()
+
+
+def _marker(generation: Generation, data: bytes) -> bytes:
+    marker = {"format": FORMAT, "kind": generation.kind, "generation": generation.number}
+    return dump(marker | {"path": generation.path, "object": describe(data)})
+
+
+def expected_objects(location: Location, generation: Generation) -> ObjectTable:
+    """All objects of a generation but its own manifest and the marker."""
+    expected = dict(generation.objects)
+    for entry in generation.parts:
+        part = read_part(location, entry)
+        expected |= part.objects | {entry["path"]: describe(location.read(entry["path"]))}
+    return expected
+
+
+def sweep(location: Location, keep: Collection[str]) -> None:
+    """Delete what an abandoned run has left in the folders of a collection."""
+    for folder in FOLDERS:
+        if not any(key.startswith(f"{folder}/") for key in keep):
+            location.delete_tree(folder)
+        for key in location.list(folder):
+            if key not in keep:
+                location.delete(key)
 
 
 def read_generation(location: Location) -> Generation:
@@ -127,8 +156,7 @@ def read_generation(location: Location) -> Generation:
         If the manifest's bytes are not those that were written.
     """
     if not location.exists(MARKER):
-        journal = location.root.with_name(location.root.name + ".journal")
-        if journal.exists() or location.exists("shards"):
+        if journal_path(location.root).exists() or any((location.root / name).is_dir() for name in FOLDERS):
             raise IncompleteError(
                 "incomplete: its writing was interrupted",
                 where=str(location),
@@ -136,27 +164,35 @@ def read_generation(location: Location) -> Generation:
             )
         what = "is no streamx store" if location.root.exists() else "does not exist"
         raise BadFileError(what, where=str(location), fix="make one with `streamx convert FILES... -o STORE`")
+    marked = location.read(MARKER)
     try:
-        marker = json.loads(location.read(MARKER))
+        marker = json.loads(marked)
         if marker["format"] > FORMAT:
             raise BadFileError(
                 f"format {marker['format']} is newer than this streamx knows ({FORMAT})",
                 where=str(location),
                 fix="upgrade streamx",
             )
-        path, expected = marker["path"], marker["object"]
+        path, expected = str(marker["path"]), list(marker["object"])
     except (ValueError, KeyError, TypeError) as error:
-        raise IntegrityError("the marker is damaged", where=f"{location}/{MARKER}") from error
-    raw = json.loads(_checked(location, path, expected))
-    return Generation(parts=tuple(raw.pop("parts")), overlays=tuple(raw.pop("overlays")), **raw)
+        raise _damaged(location, MARKER) from error
+    data = location.read(path)
+    if describe(data) != expected:
+        raise _damaged(location, path)
+    raw = json.loads(data)
+    generation = Generation(parts=tuple(raw.pop("parts")), overlays=tuple(raw.pop("overlays")), **raw)
+    if marked != _marker(generation, data):  # no checksum covers the marker itself
+        raise _damaged(location, MARKER)
+    return generation
 
 
-def _checked(location: Location, key: str, expected: list[Any]) -> bytes:
-    data = location.read(key)
-    if describe(data) != list(expected):
-        raise IntegrityError(
-            f"{len(data)} bytes, crc32c {crc32c(data)}; the manifest says {expected[0]} bytes, {expected[1]}",
-            where=f"{location}/{key}",
-            fix="restore the object from a copy, or convert again",
-        )
-    return data
+def journal_path(store: Path) -> Path:
+    """The journal lies beside the folder itself, whatever links lead there: objects are renamed across."""
+    store = store.resolve()
+    if not store.name:
+        raise UsageError("can't hold a collection", where=str(store), fix="name a folder")
+    return store.with_name(store.name + ".journal")
+
+
+def _damaged(location: Location, key: str) -> IntegrityError:
+    return IntegrityError("bytes are not those that were written", where=f"{location}/{key}", fix=RESTORE)

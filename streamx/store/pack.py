@@ -7,6 +7,7 @@ slabs, threads or memory.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,25 +17,26 @@ import numpy as np
 import pandas as pd
 
 from streamx.config import parse_bytes
-from streamx.errors import IntegrityError, UsageError
+from streamx.errors import InputError, IntegrityError, UsageError
 from streamx.store import layout
 from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame
 from streamx.store.frame import obs_schema
-from streamx.store.journal import Journal, journal_path
-from streamx.store.location import Location, open_location
+from streamx.store.journal import Journal
+from streamx.store.location import Location, ObjectTable, crc32c, describe, open_location
 from streamx.store.manifest import (
     MARKER,
     Generation,
-    ObjectTable,
     Part,
     Shard,
     commit,
-    describe,
+    dump,
     dump_part,
+    expected_objects,
     read_generation,
+    sweep,
 )
-from streamx.store.spill import Slab, Spill, spill
+from streamx.store.spill import Slab, Spill, npy_pieces, spill
 from streamx.threads import run_all, thread_count
 
 
@@ -151,28 +153,54 @@ def write_part(
         The new generation.
     """
     location = open_location(path)
-    finished = already_written(location, content.fingerprint, append=append)
+    if journal is None:
+        with Journal(location) as journal:
+            return write_part(
+                location, slabs, content, preset=preset, shard_rows=shard_rows,
+                memory=memory, threads=threads, append=append, journal=journal,
+            )  # fmt: skip
+    finished = start(journal, content.fingerprint, append=append)
     if finished is not None:
         return finished
-    journal = journal or Journal(location, content.fingerprint)
+    base = read_generation(location) if append else None
+    staged = type(location)(location.root, tmp=journal.tmp)
+    limit, n = parse_bytes(memory), thread_count(threads)
     try:
-        base = read_generation(location) if append else None
-        staged = type(location)(location.root, tmp=journal.tmp)
-        _write(
-            staged,
-            journal,
-            base,
-            slabs,
-            content,
-            preset,
-            shard_rows,
-            parse_bytes(memory),
-            thread_count(threads),
+        _write(staged, journal, base, slabs, content, preset, shard_rows, limit, n)
+    except (InputError, UsageError):  # nothing to resume
+        sweep(location, {} if base is None else expected_objects(location, base))
+        raise
+    journal.remove()
+    return Collection(location)
+
+
+def start(journal: Journal, fingerprint: dict[str, Any], *, append: bool) -> Collection | None:
+    """Begin, or go on with, the run that this fingerprint stands for, now that the store is locked.
+
+    Returns
+    -------
+    Collection or None
+        The collection, if its newest generation is what this run would write.
+
+    Raises
+    ------
+    UsageError
+        If something else is there, and this is no append.
+    SettingsChangedError
+        If an unfinished run was started with other settings or inputs.
+    """
+    finished = already_written(journal.store, fingerprint, append=append)
+    if finished is not None:
+        journal.forget_finished()
+        return finished
+    if not append and journal.fingerprint is None and journal.store.list():
+        raise UsageError(
+            "holds other files, and no store",
+            where=str(journal.store),
+            fix="choose another folder, or empty it",
         )
-        journal.remove()
-    finally:
-        journal.release()
-    return Collection(open_location(location.root))
+    journal.begin(fingerprint)
+    return None
 
 
 def already_written(location: Location, fingerprint: dict[str, Any], *, append: bool) -> Collection | None:
@@ -185,10 +213,9 @@ def already_written(location: Location, fingerprint: dict[str, Any], *, append: 
     """
     if not location.exists(MARKER):
         return None
-    if read_generation(location).fingerprint == fingerprint:
-        if journal_path(location.root).exists():  # killed between the commit and the end
-            Journal(location, fingerprint).remove()
-        return Collection(location)
+    collection = Collection(location)
+    if collection.manifest.fingerprint == json.loads(dump(fingerprint)):
+        return collection
     if append:
         return None
     raise UsageError(
@@ -225,10 +252,11 @@ def _write(
     part = Part(number, len(content.obs), int(rows.row_nnz.sum()), shards, tuple(content.sources), objects)
     part_path, part_data = dump_part(part)
     location.write(part_path, part_data)
-    size, crc = describe(part_data)
-    entry = {"path": part_path, "bytes": size, "crc32c": crc}
-    entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards)}
-    commit(location, _next_generation(location, base, number, entry, content))
+    entry = {"path": part_path, "bytes": len(part_data), "crc32c": crc32c(part_data)}
+    entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards), "maximum": rows.maximum}
+    generation = _next_generation(location, base, number, entry, content)
+    sweep(location, {*expected_objects(location, generation), *([base.path] if base else [])})
+    commit(location, generation, base)
 
 
 def _next_generation(
@@ -238,9 +266,9 @@ def _next_generation(
     objects: ObjectTable = {}
     for name, values in content.tables.items():
         key = f"tables/{number:06d}/{name}.npy"
-        data = npy_bytes(values)
-        location.write(key, data)
-        tables[name], objects[key] = key, describe(data)
+        data = npy_pieces(values)
+        location.write(key, *data)
+        tables[name], objects[key] = key, describe(*data)
     generation = Generation(
         kind=content.kind,
         number=number,
@@ -276,17 +304,11 @@ def _next_generation(
 def _merge_modalities(before: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     merged = dict(before)
     for name, modality in new.items():
-        measured = before.get(name, {}).get("measured", {}) | modality["measured"]
+        measured = dict(before.get(name, {}).get("measured", {}))
+        for batch, mask in modality["measured"].items():
+            measured[batch] = [a or b for a, b in zip(measured.get(batch, mask), mask, strict=True)]
         merged[name] = {"names": modality["names"], "measured": measured}
     return merged
-
-
-def npy_bytes(values: np.ndarray) -> bytes:
-    import io
-
-    buffer = io.BytesIO()
-    np.save(buffer, values, allow_pickle=False)
-    return buffer.getvalue()
 
 
 @dataclass(frozen=True)
@@ -354,9 +376,7 @@ class _Writer:
     def data_dtype(self) -> np.dtype:
         if self.content.value_dtype:
             return np.dtype(self.content.value_dtype)
-        if not self.rows.integers:
-            return np.dtype(np.float32)
-        return layout.smallest_unsigned(int(self.rows.maximum))
+        return layout.smallest_unsigned(int(self.rows.maximum)) if self.rows.counts else np.dtype(np.float32)
 
     @property
     def index_dtype(self) -> np.dtype:

@@ -11,7 +11,7 @@ import numpy as np
 
 from streamx.errors import IntegrityError, StreamxError, UsageError
 from streamx.store.frame import Group
-from streamx.store.location import Location
+from streamx.store.location import Location, ObjectTable
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def integrity(where: str) -> Iterator[None]:
         ) from error
 
 
-def open_group(location: Location, path: str, expected: frozenset[str]) -> Group:
+def open_group(location: Location, path: str, expected: ObjectTable) -> Group:
     import zarr
 
     with integrity(f"{location}/{path}"):

@@ -6,6 +6,7 @@ rows start..stop of the result are one contiguous piece of every slab.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,7 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from streamx.store.journal import Journal
-from streamx.store.location import crc32c
+from streamx.store.location import ObjectTable, describe
 from streamx.threads import run_all
 
 Dense = dict[str, np.ndarray]
@@ -44,11 +45,14 @@ class Slab:
 
 @dataclass(frozen=True)
 class Spilled:
-    """A slab on disk: rows sorted by destination, as plain .npy files that are mapped when read."""
+    """A slab on disk: rows sorted by destination, as plain .npy files that are mapped when read.
+
+    `maximum` is the largest value (0 for none); `counts` says that all are integers and none is negative.
+    """
 
     folder: Path
     maximum: float
-    integers: bool
+    counts: bool
 
     @cached_property
     def rows(self) -> np.ndarray:
@@ -68,36 +72,49 @@ def spill(slabs: Sequence[Slab], journal: Journal, *, threads: int, progress: st
 
 
 def _spill_one(slab: Slab, journal: Journal) -> Spilled:
-    name = f"spill-{slab.key}"
-    folder = journal.scratch / slab.key
+    name, prefix = f"spill-{slab.key}", f"spill/{slab.key}"
+    folder = journal.location.path(prefix)
+    rows = np.asarray(slab.rows, dtype=np.int64)
     done = journal.find(name)
-    if done and all(_crc(folder / f"{part}.npy") == crc for part, crc in done["crc32c"].items()):
-        return Spilled(folder, done["maximum"], done["integers"])
+    # another limit of memory cuts other slabs, possibly under the same key
+    if done and done["rows"] == describe(rows.data) and _unharmed(folder, done["files"]):
+        return Spilled(folder, done["maximum"], done["counts"])
     x_ng, dense = slab.read()
-    order = np.argsort(slab.rows, kind="stable")
+    order = np.argsort(rows, kind="stable")
     x_ng = x_ng[order]
     x_ng.sort_indices()
     arrays: dict[str, np.ndarray] = {
-        "rows": np.asarray(slab.rows, dtype=np.int64)[order],
+        "rows": rows[order],
         "indptr": x_ng.indptr.astype(np.int64),
         "indices": x_ng.indices,
         "data": x_ng.data,
     }
     arrays |= {f"obsm.{key}": values[order] for key, values in dense.items()}
-    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
     for part, values in arrays.items():
-        np.save(folder / f"{part}.npy", values)
-    record: dict[str, Any] = {
-        "maximum": float(x_ng.data.max()) if x_ng.nnz else 0.0,
-        "integers": x_ng.dtype.kind in "ui",
-        "crc32c": {part: _crc(folder / f"{part}.npy") for part in arrays},
-    }
-    journal.record(name, record)
-    return Spilled(folder, record["maximum"], record["integers"])
+        pieces = npy_pieces(values)
+        journal.location.write(f"{prefix}/{part}.npy", *pieces)
+        files[part] = describe(*pieces)
+    maximum = x_ng.data.max().item() if x_ng.nnz else 0
+    counts = x_ng.dtype.kind in "ui" and (not x_ng.nnz or x_ng.data.min().item() >= 0)
+    journal.record(name, {"rows": describe(rows.data), "maximum": maximum, "counts": counts, "files": files})
+    return Spilled(folder, maximum, counts)
 
 
-def _crc(path: Path) -> str | None:
-    return crc32c(path.read_bytes()) if path.exists() else None
+def npy_pieces(values: np.ndarray) -> tuple[bytes, memoryview]:
+    """Header and bytes of an .npy file, uncopied."""
+    values = np.ascontiguousarray(values)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(values))
+    return header.getvalue(), values.reshape(-1).view(np.uint8).data
+
+
+def _unharmed(folder: Path, files: ObjectTable) -> bool:
+    paths = {part: folder / f"{part}.npy" for part in files}
+    return all(
+        paths[part].is_file() and describe(np.fromfile(paths[part], dtype=np.uint8).data) == expected
+        for part, expected in files.items()
+    )
 
 
 @dataclass(frozen=True)
@@ -117,11 +134,11 @@ class Spill:
 
     @property
     def maximum(self) -> float:
-        return max((slab.maximum for slab in self.slabs), default=0.0)
+        return max((slab.maximum for slab in self.slabs), default=0)
 
     @property
-    def integers(self) -> bool:
-        return all(slab.integers for slab in self.slabs)
+    def counts(self) -> bool:
+        return all(slab.counts for slab in self.slabs)
 
     def rows(self, start: int, stop: int, data_dtype: Any, index_dtype: Any) -> tuple[np.ndarray, np.ndarray]:
         """Indices and data of the destination rows start..stop, concatenated in row order."""

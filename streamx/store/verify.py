@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from streamx.errors import StreamxError
-from streamx.store.collection import Collection
-from streamx.store.location import Location, crc32c, open_location
-from streamx.store.manifest import MARKER
+from streamx.store.location import Location, describe, open_location
+from streamx.store.manifest import MARKER, expected_objects, journal_path, read_generation
 from streamx.threads import run_all, thread_count
 
 
@@ -31,21 +30,17 @@ def verify(place: str | Path | Location, *, threads: int = 0) -> dict[str, Any]:
     """
     location = open_location(place)
     try:
-        collection = Collection(location)
-        state, parts = collection.manifest, collection.parts
+        state = read_generation(location)
+        expected = expected_objects(location, state)
     except StreamxError as error:
         return {"ok": False, "objects": 0, "errors": [{"object": error.where, "error": error.what}]}
-    expected = dict(state.objects)
-    for entry, part in zip(state.parts, parts, strict=True):
-        expected |= part.objects | {entry["path"]: [entry["bytes"], entry["crc32c"]]}
     keys = sorted(expected)
     found = run_all(
         [partial(_check, location, key, expected[key]) for key in keys], thread_count(threads), "verifying"
     )
     errors = [{"object": key, "error": error} for key, error in zip(keys, found, strict=True) if error]
-    earlier = {f"generations/{number:06d}.json" for number in range(1, state.number + 1)}
-    known = {*expected, *earlier, MARKER}
-    if not collection.location.root.with_name(location.root.name + ".journal").exists():
+    known = {*expected, state.path, MARKER}
+    if not journal_path(location.root).exists():  # else a commit under way is adding objects
         errors += [
             {"object": key, "error": "not in the manifest"} for key in location.list() if key not in known
         ]
@@ -59,7 +54,7 @@ def _check(location: Location, key: str, expected: list[Any]) -> str | None:
     if size != expected[0]:
         return f"{size} bytes, the manifest says {expected[0]}"
     try:
-        found = crc32c(location.read(key))
+        found = describe(location.read(key))
     except StreamxError as error:
         return error.what
-    return None if found == expected[1] else f"crc32c {found}, the manifest says {expected[1]}"
+    return None if found == expected else f"CRC-32 {found[1]}, the manifest says {expected[1]}"

@@ -1,0 +1,113 @@
+"""A source's rows as slabs: read, checked, moved to the store's genes and places."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import numpy as np
+from scipy import sparse
+
+from streamx.config import ConvertConfig
+from streamx.errors import InputError
+from streamx.store import genes
+from streamx.store.collection import Collection
+from streamx.store.ingest import Source, check_counts
+from streamx.store.spill import Slab
+from streamx.threads import thread_count
+
+MAX_SLAB_ROWS = 1 << 16
+
+
+class SourceError(Exception):
+    """An input that turned out to be unusable while it was read."""
+
+    def __init__(self, source: Source, error: InputError) -> None:
+        super().__init__(str(error))
+        self.source, self.error = source, error
+
+
+@contextmanager
+def blame(source: Source) -> Iterator[None]:
+    """What is wrong with the input while this runs is this source's fault."""
+    try:
+        yield
+    except InputError as error:
+        raise SourceError(source, error) from error
+
+
+def modalities(
+    sources: list[Source], wanted: Sequence[str], batches: list[np.ndarray], base: Collection | None
+) -> dict[str, tuple[list[str], dict[str, list[bool]]]]:
+    """Features of each dense matrix to carry, and per batch which were measured (not zero throughout)."""
+    found: dict[str, tuple[list[str], dict[str, list[bool]]]] = {}
+    for name in wanted:
+        offered = [source.obsm[name] for source in sources if name in source.obsm]
+        known = base.modalities[name]["names"] if base is not None and name in base.modalities else []
+        if not offered or (base is not None and not known):
+            continue
+        names = known or list(dict.fromkeys(feature for features in offered for feature in features))
+        sums: dict[str, np.ndarray] = {}
+        for source, batch_n in zip(sources, batches, strict=True):
+            for low, dense in _dense_rows(source, name, names):
+                rows = batch_n[low : low + len(dense)]
+                for batch in np.unique(rows.astype(str)):
+                    total = np.abs(dense[rows.astype(str) == batch]).sum(axis=0)
+                    sums[batch] = sums.get(batch, np.zeros(len(names))) + total
+        found[name] = (names, {batch: (total > 0).tolist() for batch, total in sorted(sums.items())})
+    return found
+
+
+def _dense_rows(source: Source, name: str, names: list[str]) -> Iterator[tuple[int, np.ndarray]]:
+    for low in range(0, source.n_obs, MAX_SLAB_ROWS):
+        with blame(source):
+            dense = _dense(source, name, names, low, min(low + MAX_SLAB_ROWS, source.n_obs))
+        yield low, dense
+
+
+def _dense(source: Source, name: str, names: list[str], low: int, high: int) -> np.ndarray:
+    if name not in source.obsm:
+        return np.zeros((high - low, len(names)), dtype=np.float32)
+    position = {feature: i for i, feature in enumerate(source.obsm[name])}
+    stored = source.read_obsm(name, low, high)
+    dense = np.zeros((high - low, len(names)), dtype=stored.dtype)
+    shared = [(i, position[feature]) for i, feature in enumerate(names) if feature in position]
+    dense[:, [i for i, _ in shared]] = stored[:, [j for _, j in shared]]
+    return dense
+
+
+def slabs_of(
+    source: Source, key: str, columns: np.ndarray, rows: np.ndarray, n_genes: int,
+    obsm: Mapping[str, tuple[list[str], Any]], config: ConvertConfig, memory: int,
+) -> Iterator[Slab]:  # fmt: skip
+    """A file in slabs that `threads` threads can hold at once."""
+    per_row = 0.0
+    for low in range(0, source.n_obs, max(64, -(-source.n_obs // 8))):
+        with blame(source):
+            probe = source.read(low, low + 64)
+        per_row = max(per_row, probe.nnz / probe.shape[0])
+    # a slab is held about four times over while it is mapped and sorted: indices and values, 16 bytes each
+    per_row = 4 * 16 * (per_row + 16) + 8 * source.n_vars
+    size = int(np.clip(memory / 4 / thread_count(config.threads) / per_row, 64, MAX_SLAB_ROWS))
+    # the name of a file or key may be anything, a slab's becomes a folder
+    name = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+    for low in range(0, source.n_obs, size):
+        high = min(low + size, source.n_obs)
+        read = partial(_read_slab, source, low, high, columns, n_genes, obsm, config.allow_float)
+        yield Slab(f"{name}-{low}-{high}", rows[low:high], read)
+
+
+def _read_slab(
+    source: Source, low: int, high: int, columns: np.ndarray, n_genes: int,
+    obsm: Mapping[str, tuple[list[str], Any]], allow_float: bool,
+) -> tuple[sparse.csr_matrix, dict[str, np.ndarray]]:  # fmt: skip
+    with blame(source):
+        x_ng = source.read(low, high)
+        check_counts(x_ng, source=source, first_row=low, allow_float=allow_float)
+        if x_ng.dtype.kind == "f" and not allow_float:  # whole numbers, as the check has shown
+            x_ng = x_ng.astype(np.int32 if x_ng.nnz == 0 or x_ng.data.max() < 2**31 else np.int64)
+        dense = {name: _dense(source, name, names, low, high) for name, (names, _) in obsm.items()}
+    return genes.map_columns(x_ng, columns, n_genes), dense
