@@ -159,6 +159,7 @@ class TrainConfig:
     minibatch_size: int = option(64, "cells per step")
     patience: int = option(10, "stop after this many epochs without a lower loss; the best epoch is restored")
     seed: int = option(124, "seed of weights, order and noise")
+    checkpoint_seconds: float = option(30.0, "seconds between checkpoints, at least")
     device: str = option("auto", "cpu, cuda, cuda:1, or auto")
     norm: str = option(
         "domain",
@@ -167,7 +168,7 @@ class TrainConfig:
         choices=("running", "domain", "minibatch"),
     )
     memory: str = option("4GB", "memory that the loader may use")
-    threads: int = option(0, "threads (0: one per core)")
+    threads: int = option(0, "threads that read ahead (0: one per core); training itself uses one")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,83 @@
+"""The state of an unfinished training, on disk beside the model: enough to go on bit for bit."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import nn
+
+from streamx.store.journal import Journal
+from streamx.store.manifest import describe
+from streamx.train.early_stopping import EarlyStopping
+from streamx.train.fit import State, Tensors, snapshot
+
+RECORD = "training"
+
+
+def save_state(journal: Journal, module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
+    """Keep the state after an epoch; a kill at any moment leaves the former one or this one.
+
+    First the tensors under a new name, then (atomically) the record that names them, then the old
+    tensors go.
+    """
+    tensors = {f"weights.{name}": value for name, value in snapshot(module).items()}
+    tensors |= {f"best.{name}": value for name, value in state.best.items()}
+    for number, slots in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam.{number}.{name}": value.cpu().contiguous() for name, value in slots.items()}
+    data = save_tensors(tensors)
+    key = f"state/epoch-{state.epoch:06d}.safetensors"
+    journal.location.write(key, data)
+    journal.record(
+        RECORD,
+        {
+            "epoch": state.epoch,
+            "history": state.history,
+            "stopping": asdict(state.stopping),
+            "tensors": [key, *describe(data)],
+        },
+    )
+    for other in journal.location.list("state"):
+        if other != key:
+            journal.location.delete(other)
+
+
+def load_state(journal: Journal, module: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
+    """Bring module and optimizer to the state that was kept last; None if there is none that is whole."""
+    record = journal.find(RECORD)
+    if record is None or not journal.location.exists(record["tensors"][0]):
+        return None
+    data = journal.location.read(record["tensors"][0])
+    if describe(data) != record["tensors"][1:]:
+        return None  # damaged: begin again rather than go on from a wrong state
+    tensors = load_tensors(data)
+    module.load_state_dict(_part(tensors, "weights."))
+    slots: dict[int, dict[str, Any]] = {}
+    for name, value in _part(tensors, "adam.").items():
+        number, _, slot = name.partition(".")
+        slots.setdefault(int(number), {})[slot] = value
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
+    stopping = EarlyStopping(**record["stopping"])
+    return State(record["epoch"], record["history"], stopping, _part(tensors, "best."))
+
+
+class Throttle:
+    """Says "now" once per interval, so that short epochs do not spend their time on checkpoints."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._last = seconds, time.monotonic()
+
+    def due(self) -> bool:
+        now = time.monotonic()
+        if now - self._last < self.seconds:
+            return False
+        self._last = now
+        return True
+
+
+def _part(tensors: Tensors, prefix: str) -> Tensors:
+    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}

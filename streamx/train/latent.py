@@ -1,0 +1,108 @@
+"""Latents of whole collections, in row order, under each way to normalise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from streamx.errors import BatchError
+from streamx.loader.loader import Loader
+from streamx.models.scalex import (
+    NormStats,
+    Scalex,
+    encode,
+    encode_by_minibatch,
+    norm_stats,
+    running_stats,
+)
+from streamx.store.collection import Collection
+from streamx.train.model import Model
+
+ROWS = 4096  # per minibatch where its size does not matter
+ORIGINAL = 64  # where it does
+
+
+def loader_stats(module: Scalex, loader: Loader) -> NormStats:
+    """Statistics of the pre-activations of each batch, over all rows of a loader."""
+    return norm_stats(module, lambda: ((mb.x_ng, mb.batch_n) for mb in loader.at(0)))
+
+
+def latents(
+    module: Scalex,
+    view: Collection,
+    norm: str,
+    stats: NormStats | None = None,
+    *,
+    seed: int = 0,
+    **options: Any,
+) -> np.ndarray:
+    """Latents of all cells of a view.
+
+    Parameters
+    ----------
+    norm
+        Statistics of the encoder's batch norm: ``running`` ones of the training; ``domain``, each batch's
+        own, exact; ``minibatch``, those of 64 cells of one batch, drawn by ``seed`` (the original).
+    stats
+        For ``domain``, where they are known already; else they cost one more pass.
+    options
+        Of the :class:`Loader`: device, memory, prefetch.
+
+    Returns
+    -------
+    float32 (n_cells, n_latent), in row order.
+    """
+    out = np.empty((view.n_obs, module.config.n_latent), np.float32)
+    if norm == "minibatch":
+        loader = Loader(view, ORIGINAL, order="by_batch", seed=seed, **options)
+        rows: list[np.ndarray] = []
+        found = encode_by_minibatch(module, lambda: _noting(loader, rows))
+        for z_nk in found:
+            out[rows.pop()] = z_nk
+        return out
+    loader = Loader(view, ROWS, order="sequential", **options)
+    if norm == "domain":
+        stats = stats or loader_stats(module, loader)
+        mean_bh, var_bh = stats.mean_bh, stats.var_bh
+    else:
+        mean_h, var_h = running_stats(module)
+        mean_bh, var_bh = mean_h[None], var_h[None]
+    minibatches: Callable[[], Iterator[Any]] = lambda: ((mb.x_ng, mb.batch_n) for mb in loader.at(0))  # noqa: E731
+    start = 0
+    for z_nk in encode(module, minibatches, mean_bh, var_bh):
+        out[start : start + len(z_nk)] = z_nk
+        start += len(z_nk)
+    return out
+
+
+def impute(model: Model, z_nk: np.ndarray, batch: str, *, rows: int = ROWS) -> Iterator[np.ndarray]:
+    """Expression as it would be in a reference batch, block by block: float32 (<= rows, n_genes) in [0, 1].
+
+    On the scale of the model's input (a gene's largest value in the batch is 1), from running statistics.
+    The original falls back on the first batch when the name is unknown; here that is an error.
+
+    Raises
+    ------
+    BatchError
+        If the reference has no such batch.
+    """
+    if batch not in model.batches:
+        known = ", ".join(model.batches) or "their names are not in the checkpoint"
+        raise BatchError(
+            f"the reference has no batch {batch!r}", where=str(model.path), fix=f"one of: {known}"
+        )
+    device = model.module.encoder.hidden.weight.device
+    with torch.no_grad():
+        for start in range(0, len(z_nk), rows):
+            mu_nk = torch.as_tensor(z_nk[start : start + rows], device=device)
+            yield model.module.impute(mu_nk, model.batches.index(batch)).cpu().numpy()
+
+
+def _noting(loader: Loader, rows: list[np.ndarray]) -> Iterator[tuple[Any, Any]]:
+    """Minibatches; the rows of the one given last lie in ``rows``."""
+    for mb in loader.at(0):
+        rows.append(np.asarray(mb.row_n.cpu() if isinstance(mb.row_n, torch.Tensor) else mb.row_n))
+        yield mb.x_ng, mb.batch_n

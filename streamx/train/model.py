@@ -1,0 +1,212 @@
+"""A trained model and all that mapping new cells needs, as a value and as a folder.
+
+::
+
+    MODEL/
+      model.json           schema, preprocessing, settings, versions, hash of every file; written last
+      model.safetensors    weights; scale and normalisation tables of the reference
+      history.csv          mean losses per epoch
+      reference.zarr       obs and latents of the reference cells (AnnData-Zarr)
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+from streamx.config import ScalexConfig
+from streamx.errors import BadFileError, IncompleteError, IntegrityError
+from streamx.interop.scalex import read_checkpoint
+from streamx.loader.transform import Transform
+from streamx.models.scalex import NormStats, Scalex
+from streamx.store.journal import journal_path
+from streamx.store.location import Location
+from streamx.store.manifest import describe, dump
+
+FORMAT = 1
+WEIGHTS = "model.safetensors"
+CARD = "model.json"
+SCALEX_RNA = Transform(target_sum=1e4, total="view_total", log1p=True, scale="batch")
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A reference model.
+
+    Attributes
+    ----------
+    module
+        The network, in evaluation mode.
+    genes
+        Features of its input, in order.
+    batches
+        Names of the reference batches; a batch's code is its position. Empty where they are unknown.
+    transform
+        From counts to input.
+    min_features
+        Cells with fewer detected genes were left out.
+    drop
+        Genes whose name starts so are dropped before anything is counted.
+    scale_bg
+        Table of the transform's division, float32 (n_batches, n_genes); None if unknown or unused.
+    stats
+        Statistics of the encoder's pre-activations over the reference; None if unknown.
+    norm
+        How the reference's latents were normalised.
+    id
+        SHA-256 of weights and tables.
+    card
+        ``model.json``: what this value holds, and where it comes from.
+    """
+
+    module: Scalex
+    genes: tuple[str, ...]
+    batches: tuple[str, ...]
+    transform: Transform
+    min_features: int
+    drop: tuple[str, ...]
+    scale_bg: np.ndarray | None
+    stats: NormStats | None
+    norm: str
+    id: str
+    path: Path
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def pooled_scale_g(self) -> np.ndarray | None:
+        """Largest value of each gene over the reference's batches, float32 (n_genes,)."""
+        return None if self.scale_bg is None else self.scale_bg.max(0)
+
+
+def save_weights(
+    location: Location, module: Scalex, scale_bg: np.ndarray | None, stats: NormStats
+) -> tuple[str, list[Any]]:
+    """Write weights and tables: their SHA-256, and (bytes, crc32c)."""
+    tensors = {
+        f"weights.{name}": value.detach().cpu().contiguous() for name, value in module.state_dict().items()
+    }
+    mean_h, var_h = stats.pooled()
+    tables = {
+        "n_b": stats.n_b,
+        "mean_bh": stats.mean_bh,
+        "var_bh": stats.var_bh,
+        "mean_h": mean_h,
+        "var_h": var_h,
+        "scale_bg": scale_bg,
+    }
+    for name, table in tables.items():
+        if table is not None:
+            tensors[f"tables.{name}"] = torch.as_tensor(np.ascontiguousarray(table))
+    data = save_tensors(tensors)
+    location.write(WEIGHTS, data)
+    return hashlib.sha256(data).hexdigest(), describe(data)
+
+
+def seal(card: dict[str, Any]) -> bytes:
+    """The card as bytes that tell whether they were changed."""
+    return dump(card | {"seal": hashlib.sha256(dump(card)).hexdigest()})
+
+
+def read_card(location: Location) -> dict[str, Any] | None:
+    """The card of a finished model, or None.
+
+    Raises
+    ------
+    IntegrityError
+        If its bytes are not those that were written.
+    """
+    if not location.exists(CARD):
+        return None
+    where = f"{location}/{CARD}"
+    try:
+        card = json.loads(location.read(CARD))
+        seal = card.pop("seal")
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise IntegrityError("is no model card", where=where, fix="restore it from a copy") from None
+    if hashlib.sha256(dump(card)).hexdigest() != seal:
+        raise IntegrityError("was changed after it was written", where=where, fix="restore it from a copy")
+    if card["format"] > FORMAT:
+        raise BadFileError(f"model of format {card['format']}", where=where, fix="update streamx")
+    return card
+
+
+def load_model(path: str | Path) -> Model:
+    """Load a model folder, or the output folder of SCALEX itself.
+
+    Raises
+    ------
+    IncompleteError
+        If training has not finished.
+    IntegrityError
+        If a file's bytes are not those that were written.
+    BadFileError
+        If this is no model.
+    """
+    location = Location(Path(path))
+    card = read_card(location)
+    if card is None:
+        if any((location.root / sub / "config.pt").is_file() for sub in (".", "checkpoint")):
+            return _from_scalex(location.root)
+        if journal_path(location.root).exists():
+            raise IncompleteError(
+                "training has not finished", where=str(path), fix="run the same `streamx train` again"
+            )
+        raise BadFileError(
+            "is no model: it holds no model.json",
+            where=str(path),
+            fix="give the folder that `train -o` wrote",
+        )
+    data = location.read(WEIGHTS)
+    if describe(data) != card["files"][WEIGHTS]:
+        raise IntegrityError(
+            "bytes are not those that were written",
+            where=f"{location}/{WEIGHTS}",
+            fix="restore it from a copy, or train again",
+        )
+    tensors = load_tensors(data)
+    module = Scalex(len(card["genes"]), max(1, len(card["batches"])), ScalexConfig(**card["network"]))
+    module.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("weights.")})
+    tables = {k[7:]: v.numpy() for k, v in tensors.items() if k.startswith("tables.")}
+    preprocessing = card["preprocessing"]
+    return Model(
+        module=module.eval(),
+        genes=tuple(card["genes"]),
+        batches=tuple(card["batches"]),
+        transform=Transform.of(preprocessing["transform"]),
+        min_features=preprocessing["min_features"],
+        drop=tuple(preprocessing["drop"]),
+        scale_bg=tables.get("scale_bg"),
+        stats=NormStats(tables["n_b"], tables["mean_bh"], tables["var_bh"]),
+        norm=card["norm"],
+        id=card["id"],
+        path=location.root,
+        card=card,
+    )
+
+
+def _from_scalex(folder: Path) -> Model:
+    """A model that SCALEX saved: it keeps neither batch names nor scale tables, so a query brings its own."""
+    module, genes = read_checkpoint(folder)
+    weights = save_tensors({name: value.contiguous() for name, value in module.state_dict().items()})
+    return Model(
+        module=module,
+        genes=tuple(genes),
+        batches=(),
+        transform=SCALEX_RNA,
+        min_features=600,
+        drop=("ERCC", "MT-", "mt-"),
+        scale_bg=None,
+        stats=None,
+        norm="minibatch",
+        id=hashlib.sha256(weights).hexdigest(),
+        path=folder,
+        card={"model": "scalex", "origin": "SCALEX checkpoint"},
+    )

@@ -1,0 +1,327 @@
+"""``train``: from a view to a model folder; killed at any point, the same call goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import streamx
+from streamx.config import PreprocessConfig, ScalexConfig, TrainConfig, build
+from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, UsageError, warn
+from streamx.loader.loader import Loader, Minibatch
+from streamx.models.scalex import NormStats, Scalex
+from streamx.preprocess.recipe import make_recipe
+from streamx.store.collection import Collection, open_collection
+from streamx.store.journal import Journal, first_difference, journal_path
+from streamx.store.latents import write_latents
+from streamx.store.location import Location
+from streamx.store.manifest import describe, dump
+from streamx.threads import thread_count
+from streamx.train.checkpoint import Throttle, load_state, save_state
+from streamx.train.early_stopping import EarlyStopping
+from streamx.train.fit import State, fit, make_optimizer, seed_of
+from streamx.train.latent import ROWS, latents, loader_stats
+from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, seal
+
+log = logging.getLogger("streamx")
+
+# Settings that change how the work is done and not its result.
+_FREE = ("device", "memory", "threads", "checkpoint_seconds")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What ``train`` did.
+
+    Attributes
+    ----------
+    model, path
+        Name of the model and its folder.
+    epochs, steps
+        Epochs done and training steps in them, over all runs.
+    loss
+        Mean loss of the best epoch, which is the one that was kept.
+    cells_per_second, seconds
+        Of this run; 0 cells where it had nothing left to train.
+    """
+
+    model: str
+    epochs: int
+    steps: int
+    loss: float
+    cells_per_second: float
+    seconds: float
+    path: str
+
+
+def train(
+    view: Collection | str | Path, output: str | Path, *, progress: bool = True, **settings: Any
+) -> TrainResult:
+    """Train a reference model on a view and write it.
+
+    Called again after an interruption it goes on from its last checkpoint, and ends with bit for bit the
+    weights and history of a run that was never interrupted (on the same device).
+
+    Parameters
+    ----------
+    view
+        What ``preprocess`` wrote.
+    output
+        Folder of the model (see :mod:`streamx.train.model`); unfinished state lies beside it, in
+        ``<output>.journal``.
+    settings
+        Fields of :class:`~streamx.config.TrainConfig` and :class:`~streamx.config.ScalexConfig`.
+
+    Raises
+    ------
+    SettingsChangedError
+        If the folder holds a model, finished or not, with other settings or of another view.
+    KeyboardInterrupt
+        Ctrl-C passes through; the same call resumes.
+    """
+    begun = time.monotonic()
+    config, network = _configs(settings)
+    view = view if isinstance(view, Collection) else open_collection(view)
+    if view.n_obs == 0:
+        raise EmptyError("the view has no cells", where=str(view.path), fix="preprocess with other limits")
+    location = Location(Path(output))
+    fingerprint = _fingerprint(view, config, network)
+    card = read_card(location)
+    if card is not None:
+        return _finished(location, card, fingerprint, begun)
+    journal = Journal(location, fingerprint)
+    try:
+        with one_torch_thread():
+            return _train(view, location, journal, config, network, fingerprint, progress, begun)
+    finally:
+        journal.release()
+
+
+def _train(
+    view: Collection,
+    location: Location,
+    journal: Journal,
+    config: TrainConfig,
+    network: ScalexConfig,
+    fingerprint: dict[str, Any],
+    progress: bool,
+    begun: float,
+) -> TrainResult:
+    device = pick_device(config.device)
+    options: dict[str, Any] = {
+        "memory": config.memory,
+        "device": device,
+        "threads": thread_count(config.threads),
+    }
+    loader = Loader(view, config.minibatch_size, drop_last=True, seed=config.seed, **options)
+    n_epochs = -(-config.max_iteration // len(loader))
+    generator = torch.Generator().manual_seed(seed_of(config.seed, 0))
+    module = Scalex(view.n_vars, max(1, len(view.batches)), network, generator).to(device)
+    optimizer = make_optimizer(module, config.lr, config.weight_decay)
+    state = load_state(journal, module, optimizer)
+    if state is not None:
+        log.info("going on after epoch %d of %d", state.epoch, n_epochs)
+    state = state or State(0, [], EarlyStopping(config.patience))
+    before, throttle = state.epoch, Throttle(config.checkpoint_seconds)
+
+    def keep(state: State) -> None:
+        if throttle.due() or state.epoch == n_epochs or state.stopping.stopped:
+            save_state(journal, module, optimizer, state)
+
+    fit(
+        module,
+        optimizer,
+        lambda epoch: loader.at(epoch),
+        _noisy_loss(module, config.seed, device),
+        n_epochs=n_epochs,
+        state=state,
+        after_epoch=keep,
+        progress=progress,
+    )
+    seconds = time.monotonic() - begun
+    if state.stopping.best_epoch < 0:
+        raise BadValuesError(
+            "the loss is not a number", where=str(view.path), fix="a lower --lr, or other input"
+        )
+    if state.stopping.best_epoch != state.epoch - 1 and math.isnan(state.history[-1]["loss"]):
+        warn(f"the loss became NaN in epoch {state.epoch - 1}; epoch {state.stopping.best_epoch} is kept")
+    stats = loader_stats(module, Loader(view, ROWS, order="sequential", **options))
+    z_nk = latents(module, view, config.norm, stats, seed=config.seed, **options)
+    trained = {
+        "n_cells": view.n_obs,
+        "epochs": state.epoch,
+        "steps": state.epoch * len(loader),
+        "best_epoch": state.stopping.best_epoch,
+        "loss": state.stopping.best,
+    }
+    _write(location, view, module, stats, z_nk, state, trained, fingerprint, config)
+    journal.remove()
+    cells = (state.epoch - before) * len(loader) * min(config.minibatch_size, view.n_obs)
+    return _result(location, trained, cells / seconds, time.monotonic() - begun)
+
+
+def _noisy_loss(module: Scalex, seed: int, device: torch.device) -> Any:
+    """The model's loss, with noise that depends on (seed, epoch, step) and not on the device."""
+    generator = torch.Generator()
+
+    def loss(mb: Minibatch, epoch: int, step: int) -> dict[str, Tensor]:
+        generator.manual_seed(seed_of(seed, 1, epoch, step))
+        noise_nk = torch.randn(len(mb), module.config.n_latent, generator=generator).to(device)
+        found = module.loss(mb.x_ng, mb.batch_n, noise_nk)
+        return {"loss": found.total, "reconstruction": found.reconstruction, "kl": found.kl}
+
+    return loss
+
+
+def _write(
+    location: Location,
+    view: Collection,
+    module: Scalex,
+    stats: NormStats,
+    z_nk: np.ndarray,
+    state: State,
+    trained: dict[str, Any],
+    fingerprint: dict[str, Any],
+    config: TrainConfig,
+) -> None:
+    """The model folder; ``model.json`` comes last and makes it a model."""
+    names = list(state.history[0]) if state.history else ["epoch", "loss"]
+    rows = [",".join(names)] + [",".join(repr(row[name]) for name in names) for row in state.history]
+    history = ("\n".join(rows) + "\n").encode()
+    location.write("history.csv", history)
+    digest, described = save_weights(location, module, view.scale_bg, stats)
+    uns = {"streamx": {"model": digest, "norm": config.norm, "batch_key": view.batch_key}}
+    write_latents(location.path("reference.zarr"), view.obs, {"X_scalex": z_nk}, uns)
+    card = {
+        "format": FORMAT,
+        "model": config.model,
+        "id": digest,
+        "genes": [str(name) for name in view.var_names],
+        "batches": view.batches,
+        "batch_key": view.batch_key,
+        "network": asdict(module.config),
+        "norm": config.norm,
+        "preprocessing": preprocessing(view),
+        "view": fingerprint["view"],
+        "settings": fingerprint,
+        "training": trained,
+        "versions": {"streamx": streamx.__version__, "torch": torch.__version__, "numpy": np.__version__},
+        "files": {WEIGHTS: described, "history.csv": describe(history)},
+    }
+    location.sync()
+    location.write(CARD, seal(card))
+
+
+def preprocessing(view: Collection) -> dict[str, Any]:
+    """What a query must go through: transform, filters, and the view's own record of its parameters."""
+    declared = view.view or {"transform": {}, "parameters": {}}
+    parameters = declared["parameters"]
+    known = {f.name: parameters[f.name] for f in fields(PreprocessConfig) if f.name in parameters}
+    recipe = make_recipe(PreprocessConfig(**known))
+    return {
+        "transform": declared["transform"],
+        "min_features": recipe.min_features,
+        "drop": list(recipe.drop),
+        "parameters": parameters,
+    }
+
+
+def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, ScalexConfig]:
+    of_network = {f.name for f in fields(ScalexConfig)}
+    config = build(TrainConfig, {k: v for k, v in settings.items() if k not in of_network})
+    network = build(ScalexConfig, {k: v for k, v in settings.items() if k in of_network})
+    for name, value in (asdict(config) | asdict(network)).items():
+        positive = name in ("max_iteration", "minibatch_size", "lr", "patience", "n_latent", "n_hidden")
+        if isinstance(value, (int, float)) and (value < 0 or (positive and value == 0)):
+            raise UsageError(f"{name} = {value}", fix="a positive number" if positive else "0 or more")
+    return config, network
+
+
+def _fingerprint(view: Collection, config: TrainConfig, network: ScalexConfig) -> dict[str, Any]:
+    """Everything that the weights depend on."""
+    manifest = view.manifest
+    declared = {k: v for k, v in (view.view or {}).items() if k in ("transform", "parameters")}
+    content = dump(
+        {
+            "parts": manifest.parts,
+            "tables": [manifest.objects[key] for _, key in sorted(manifest.tables.items())],
+            "declared": declared,
+            "batches": view.batches,
+        }
+    )
+    return {
+        "view": {"generation": view.generation, "sha256": hashlib.sha256(content).hexdigest()},
+        "train": {k: v for k, v in asdict(config).items() if k not in _FREE},
+        "network": asdict(network),
+    }
+
+
+def _finished(
+    location: Location, card: dict[str, Any], fingerprint: dict[str, Any], begun: float
+) -> TrainResult:
+    field = first_difference(card["settings"], fingerprint)
+    if field:
+        raise SettingsChangedError(
+            f"holds a model with another {field}",
+            where=str(location),
+            fix="choose another folder, or remove this one",
+        )
+    if journal_path(location.root).exists():  # killed between the last write and the end
+        Journal(location, fingerprint).remove()
+    log.info("%s holds this model already: nothing to train", location)
+    return _result(location, card["training"], 0.0, time.monotonic() - begun)
+
+
+def _result(location: Location, trained: dict[str, Any], rate: float, seconds: float) -> TrainResult:
+    return TrainResult(
+        model="scalex",
+        epochs=trained["epochs"],
+        steps=trained["steps"],
+        loss=trained["loss"],
+        cells_per_second=round(rate, 1),
+        seconds=round(seconds, 3),
+        path=str(location),
+    )
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto``: the first GPU where there is one.
+
+    Raises
+    ------
+    UsageError
+        If torch does not know the device, or has none.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device {name!r} can't be used: {reason}", fix="--device cpu") from None
+    return device
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's arithmetic on one thread, for the time of a call.
+
+    Matrix products round differently on other numbers of threads, so a model would depend on the machine;
+    and steps of 64 cells are so short that a second thread costs more than it gives where cores are shared.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
