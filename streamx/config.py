@@ -57,7 +57,7 @@ class ConvertConfig:
     batch_key: str | None = option(
         None,
         "obs column that names the batch, or several joined by commas (default: one batch per file; "
-        "for a single file its column `batch`)",
+        "for a single file its column `batch`; _streamx_file: one per file also then)",
     )
     join: str = option(
         "inner", "genes that all files share, or the genes of any file", choices=("inner", "outer")

@@ -228,7 +228,7 @@ def _fingerprint(
     settings["obsm"] = list(config.obsm)
     settings["obs_map"] = _read_obs_map(config)
     settings["batches_are_files"] = (
-        config.batch_key is None and several
+        (config.batch_key is None and several) or config.batch_key == cells.FILE
         if base is None
         else base.manifest.fingerprint["settings"]["batches_are_files"]
     )
