@@ -26,6 +26,8 @@ def run(args: argparse.Namespace) -> Result:
         raise UsageError("--update takes the view alone", fix="streamx preprocess --update VIEW")
     if not args.update and not (args.store and args.output):
         raise UsageError("a STORE and -o VIEW are needed", fix="streamx preprocess STORE -o VIEW")
+    from streamx.preprocess.run import preprocess, update_view
+
     if args.update:
         frozen = sorted(set(settings) - {"memory", "threads"})
         if frozen:
@@ -33,13 +35,9 @@ def run(args: argparse.Namespace) -> Result:
                 f"an update keeps the view's own settings, --{frozen[0].replace('_', '-')} can't change them",
                 fix="run `streamx preprocess STORE -o NEW_VIEW` with other settings",
             )
-        from streamx.preprocess.run import update_view
-
         view = update_view(args.update, **settings)
         return {"view": args.update, **view.summary()}
-    import streamx as sx
-
-    view = sx.preprocess(args.store, args.output, **settings)
+    view = preprocess(args.store, args.output, **settings)
     return {"view": args.output, **view.summary()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from streamx.cli.verb import Result, Verb, add_settings, given
 from streamx.config import ScalexConfig, TrainConfig
@@ -18,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     import streamx as sx
 
-    return dict(sx.train(args.view, args.output, **given(args, TrainConfig, ScalexConfig)))
+    return asdict(sx.train(args.view, args.output, **given(args, TrainConfig, ScalexConfig)))
 
 
 VERB = Verb(
