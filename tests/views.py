@@ -62,6 +62,8 @@ def write_view(
         "all", np.arange(len(batch_n)), lambda: (x_ng, {"protein_expression": protein_np} if proteins else {})
     )
     parameters = {"profile": "RNA", "min_features": 5, "keep_mt": False, "target_sum": 1e4, "scale": "batch"}
+    recipe = {"min_features": 5, "drop": ["ERCC", "MT-", "mt-"], "total": "kept", "profile": "RNA"}
+    declared = {"store": "store", "store_generation": 1, "transform": TRANSFORM}
     content = Content(
         kind="view",
         obs=obs,
@@ -70,7 +72,6 @@ def write_view(
         fingerprint={"test": str(sizes), "seed": seed},
         obsm={"protein_expression": (names, {b: [True] * proteins for b in batches})} if proteins else {},
         tables={"scale_bg": batch_maxima(x_ng, total_n, batch_n, len(sizes))},
-        view={"store": "store", "store_generation": 1, "transform": TRANSFORM, "parameters": parameters}
-        | view,
+        view=declared | {"parameters": parameters, "recipe": recipe} | view,
     )
     return write_part(path, [slab], content)

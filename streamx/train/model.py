@@ -55,6 +55,8 @@ class Model:
         Cells with fewer detected genes were left out.
     drop
         Genes whose name starts so are dropped before anything is counted.
+    total
+        What a cell's total counts: ``kept`` or ``all`` genes but the dropped, or the ``selected`` ones.
     scale_bg
         Table of the transform's division, float32 (n_batches, n_genes); None if unknown or unused.
     stats
@@ -73,6 +75,7 @@ class Model:
     transform: Transform
     min_features: int
     drop: tuple[str, ...]
+    total: str
     scale_bg: np.ndarray | None
     stats: NormStats | None
     norm: str
@@ -181,8 +184,9 @@ def load_model(path: str | Path) -> Model:
         genes=tuple(card["genes"]),
         batches=tuple(card["batches"]),
         transform=Transform.of(preprocessing["transform"]),
-        min_features=preprocessing["min_features"],
-        drop=tuple(preprocessing["drop"]),
+        min_features=preprocessing["recipe"]["min_features"],
+        drop=tuple(preprocessing["recipe"]["drop"]),
+        total=preprocessing["recipe"]["total"],
         scale_bg=tables.get("scale_bg"),
         stats=NormStats(tables["n_b"], tables["mean_bh"], tables["var_bh"]),
         norm=card["norm"],
@@ -203,6 +207,7 @@ def _from_scalex(folder: Path) -> Model:
         transform=SCALEX_RNA,
         min_features=600,
         drop=("ERCC", "MT-", "mt-"),
+        total="kept",
         scale_bg=None,
         stats=None,
         norm="minibatch",

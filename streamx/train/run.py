@@ -17,11 +17,10 @@ import torch
 from torch import Tensor
 
 import streamx
-from streamx.config import PreprocessConfig, ScalexConfig, TrainConfig, build
+from streamx.config import ScalexConfig, TrainConfig, build
 from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, UsageError, warn
 from streamx.loader.loader import Loader, Minibatch
 from streamx.models.scalex import NormStats, Scalex
-from streamx.preprocess.recipe import make_recipe
 from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference, journal_path
 from streamx.store.latents import write_latents
@@ -224,17 +223,10 @@ def _write(
 
 
 def preprocessing(view: Collection) -> dict[str, Any]:
-    """What a query must go through: transform, filters, and the view's own record of its parameters."""
-    declared = view.view or {"transform": {}, "parameters": {}}
-    parameters = declared["parameters"]
-    known = {f.name: parameters[f.name] for f in fields(PreprocessConfig) if f.name in parameters}
-    recipe = make_recipe(PreprocessConfig(**known))
-    return {
-        "transform": declared["transform"],
-        "min_features": recipe.min_features,
-        "drop": list(recipe.drop),
-        "parameters": parameters,
-    }
+    """What a query must go through: the transform, and the decisions that the view records."""
+    if view.view is None:  # a store: its counts as they are
+        return {"transform": {}, "recipe": {"min_features": 0, "drop": [], "total": "kept"}, "parameters": {}}
+    return {name: view.view[name] for name in ("transform", "recipe", "parameters")}
 
 
 def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, ScalexConfig]:
