@@ -52,7 +52,7 @@ from streamx.threads import thread_count
 
 log = logging.getLogger("streamx")
 
-DRIFT_WORTH_A_WARNING = 0.1  # share of variable genes
+DRIFT_WORTH_A_WARNING = 0.2  # share of variable genes
 
 
 def update_view(view: Collection | str | Path, *, memory: str = "4GB", threads: int = 0) -> Collection:

@@ -20,7 +20,7 @@ from streamx.preprocess.rows import StoreRows, rows_of
 from streamx.store.collection import Collection
 from streamx.store.journal import Journal
 from streamx.store.location import Location
-from streamx.store.pack import Content, already_written, write_part
+from streamx.store.pack import Content, start, write_part
 from streamx.store.spill import Slab
 
 TOTAL, ROW = "_streamx_total", "_streamx_row"
@@ -187,20 +187,14 @@ def write_view(
 
     Killed at any point, the same call resumes: the statistics are taken again, what was written is kept.
     """
-    finished = already_written(location, fingerprint, append=append)
-    if finished is not None:
-        return finished
-    journal = Journal(location, fingerprint)
-    try:
+    with Journal(location) as journal:  # first the lock: nobody changes the view while it is planned
+        finished = start(journal, fingerprint, append=append)
+        if finished is not None:
+            return finished
         content, slabs = plan()
         return write_part(
             location, slabs, content, memory=memory, threads=threads, append=append, journal=journal
         )
-    except (InputError, ResourceError, UsageError):
-        journal.remove()  # nothing to resume: data or settings have to change
-        raise
-    finally:
-        journal.release()
 
 
 def describe_view(

@@ -56,7 +56,7 @@ def counts(seed: int = 0, n_cells: int = 900, n_genes: int = 700, n_batches: int
     rate = level * effect[batch] * depth[:, None] * rng.gamma(shape, 1 / shape, (n_cells, n_genes))
     x_ng = csr_matrix(rng.poisson(rate).astype(np.float32))
     names = [f"Gene{g}" for g in rng.permutation(n_genes)]
-    names[3], names[40], names[77], names[90] = "MT-CO1", "ERCC-0001", "mt-Nd1", "Mt-kept"
+    names[3], names[10], names[17], names[25] = "MT-CO1", "ERCC-0001", "mt-Nd1", "Mt-kept"
     obs = pd.DataFrame(
         {"batch": pd.Categorical([f"b{b}" for b in batch])}, index=[f"c{i}" for i in range(n_cells)]
     )
