@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 from scipy.sparse import csr_matrix
 
-from streamx.errors import BadFileError, InputError, ResourceError, UsageError
+from streamx.errors import BadFileError, UsageError
 from streamx.preprocess.features import Selection
 from streamx.preprocess.recipe import Recipe
 from streamx.preprocess.rows import StoreRows, rows_of

@@ -12,7 +12,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from streamx.errors import InputError, LockedError, SettingsChangedError, UsageError
+from streamx.errors import InputError, LockedError, SettingsChangedError, StreamxError, UsageError
 from streamx.store.location import Location, storage_error
 from streamx.store.manifest import MARKER, dump, journal_path, read_generation
 
@@ -23,8 +23,8 @@ class Journal:
     """An exclusive lock, the run's fingerprint, and one small record per finished step.
 
     Use it in a ``with`` block: whoever holds the lock may look at the store and change it. What was begun is
-    kept for a later run, unless an :class:`InputError` or :class:`UsageError` says that the input or the
-    settings have to change.
+    kept for a later run, unless there is nothing to keep, or an :class:`InputError` or :class:`UsageError`
+    says that the input or the settings have to change.
 
     Parameters
     ----------
@@ -57,8 +57,10 @@ class Journal:
         return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        hopeless = isinstance(error, (InputError, UsageError))
         try:
-            if self.fingerprint is None or (self._begun and isinstance(error, (InputError, UsageError))):
+            idle = isinstance(error, StreamxError) and not self.location.list("records")
+            if self.fingerprint is None or (self._begun and (hopeless or idle)):
                 self.remove()
         finally:
             self.release()
