@@ -159,7 +159,7 @@ def test_a_large_drift_is_said_aloud(tmp_path: Path) -> None:
     first, second, third = (counts(seed, n_cells=300, n_genes=200, n_batches=1) for seed in (30, 31, 32))
     second.var_names = third.var_names = first.var_names
     convert({"a": first, "b": first[:100].copy()}, tmp_path / "store", threads=1)
-    preprocess(sx.open(tmp_path / "store"), tmp_path / "view", min_features=10, n_top_features=60)
+    preprocess(sx.open(tmp_path / "store"), tmp_path / "view", min_features=10, n_top_features=40)
     convert({"c": second, "d": third}, tmp_path / "store", append=True, threads=1)
     with pytest.warns(StreamxWarning, match="a fresh selection would replace"):
         view = update_view(tmp_path / "view")
@@ -244,7 +244,7 @@ def test_the_store_must_be_there_and_be_the_same(tmp_path: Path) -> None:
     other = anndata.AnnData(
         csr_matrix(np.ones((4, 3), np.float32)), obs={"batch": ["a"] * 4}, var={"x": [1, 2, 3]}
     )
-    convert([other], tmp_path / "store", threads=1)
+    convert([other], tmp_path / "store", batch_key="batch", threads=1)
     with pytest.raises(UsageError, match="not the store that this view was made from"):
         update_view(tmp_path / "view")
     # a view moves together with its store

@@ -46,7 +46,7 @@ def data() -> anndata.AnnData:
 
 @pytest.fixture(scope="module")
 def store(data: anndata.AnnData, tmp_path_factory: pytest.TempPathFactory) -> Collection:
-    return convert([data], tmp_path_factory.mktemp("rna") / "store", threads=1)
+    return convert([data], tmp_path_factory.mktemp("rna") / "store", batch_key="batch", threads=1)
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -170,7 +170,7 @@ def test_interrupted_then_resumed(
 def test_restricted_to_reference_cells(store: Collection, data: anndata.AnnData, tmp_path: Path) -> None:
     """--batches and --where: the same view as of a store of these cells, and recorded."""
     chosen = data[(data.obs["batch"] != "b1").to_numpy() & (data.obs["cell type"] != "NK").to_numpy()].copy()
-    small = convert([chosen], tmp_path / "small", threads=1)
+    small = convert([chosen], tmp_path / "small", batch_key="batch", threads=1)
     expected = preprocess(small, tmp_path / "expected", **RNA)
     view = preprocess(
         store,
@@ -245,7 +245,7 @@ def cite(n_cells: int = 260) -> anndata.AnnData:
 
 def test_rna_and_protein(tmp_path: Path) -> None:
     adata = cite()
-    store = convert([adata], tmp_path / "store", threads=1)
+    store = convert([adata], tmp_path / "store", batch_key="batch", threads=1)
     view = preprocess(store, tmp_path / "view", min_features=5, n_top_features=40, threads=1)
     protein = view.modalities["protein_expression"]
     assert protein["names"] == ["CD3", "CD4", "CD8", "CD19"]
@@ -260,7 +260,7 @@ def test_rna_and_protein(tmp_path: Path) -> None:
 
 
 def test_obsm_as_features(tmp_path: Path) -> None:
-    store = convert([cite()], tmp_path / "store", threads=1)
+    store = convert([cite()], tmp_path / "store", batch_key="batch", threads=1)
     view = preprocess(store, tmp_path / "view", obsm="protein_expression", threads=1)
     assert list(view.var_names) == ["CD3", "CD4", "CD8", "CD19"]
     assert view.n_obs == store.n_obs
@@ -274,7 +274,7 @@ def test_obsm_as_features(tmp_path: Path) -> None:
 
 def test_processed_values_are_scaled_only(tmp_path: Path) -> None:
     adata = scanpy_normal(counts(6, n_cells=200, n_genes=60))
-    store = convert([adata], tmp_path / "store", allow_float=True, threads=1)
+    store = convert([adata], tmp_path / "store", batch_key="batch", allow_float=True, threads=1)
     view = preprocess(store, tmp_path / "view", processed=True, threads=1)
     assert view.shape == adata.shape
     assert view.read(0, 2, dtype="stored").dtype == np.float32
@@ -301,7 +301,7 @@ def peaks() -> anndata.AnnData:
 def test_atac(tmp_path: Path, variant: str) -> None:
     """Each documented recipe, step by step with scanpy and numpy."""
     adata, n_top = peaks(), 80
-    store = convert([adata], tmp_path / "store", threads=1)
+    store = convert([adata], tmp_path / "store", batch_key="batch", threads=1)
     view = preprocess(
         store, tmp_path / "view", profile="ATAC", atac=variant, min_features=70, n_top_features=n_top
     )
@@ -375,7 +375,8 @@ def test_refused(
 ) -> None:
     with pytest.raises(error, match=says):
         preprocess(store, tmp_path / "view", **{**RNA, **settings})
-    assert not (tmp_path / "view.journal").exists()
+    # nothing to resume where data or settings must change; more memory needs no change of either
+    assert (tmp_path / "view.journal").exists() == (error is ResourceError)
 
 
 def test_a_view_of_a_view_is_refused(store: Collection, tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ def test_a_batch_that_loess_cannot_fit_is_named(tmp_path: Path) -> None:
     poor.X.data[:] = 1
     poor.obs["batch"] = "tiny"
     poor.obs_names = ["x", "y"]
-    store = convert([anndata.concat([adata, poor])], tmp_path / "store", threads=1)
+    store = convert([anndata.concat([adata, poor])], tmp_path / "store", batch_key="batch", threads=1)
     with pytest.raises(BatchError, match=r"tiny.*\n.*--flavor seurat"):
         preprocess(store, tmp_path / "v3", min_features=1, flavor="seurat_v3", n_top_features=20)
     view = preprocess(store, tmp_path / "view", min_features=1, flavor="seurat", n_top_features=20)
@@ -407,7 +408,9 @@ def test_degenerate_data(tmp_path: Path) -> None:
     empty = adata[1:2].copy()
     empty.X = csr_matrix(empty.shape, dtype=np.float32)
     empty.obs_names = ["empty"]
-    store = convert([anndata.concat([adata, single, empty])], tmp_path / "store", threads=1)
+    store = convert(
+        [anndata.concat([adata, single, empty])], tmp_path / "store", batch_key="batch", threads=1
+    )
     settings = {"min_features": 0, "min_cells": 0, "n_top_features": 30, "threads": 1}
     view = preprocess(store, tmp_path / "view", **settings)
     assert view.shape == (152, 30)
