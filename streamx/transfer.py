@@ -15,11 +15,23 @@ import numpy as np
 from streamx.config import UNLABELED
 from streamx.errors import BadValuesError, EmptyError, UsageError, warn
 from streamx.labels import Labels, encode_labels
-from streamx.neighbors import build_index, reach_recall
+from streamx.neighbors import Index, build_index, reach_recall
 
 N_NEIGHBORS = {"vote": 5, "weighted": 50}
 UNKNOWN = "Unknown"
 ROWS = 20_000  # query cells at a time
+
+
+@dataclass(frozen=True)
+class Voters:
+    """Labelled reference cells, ready to be asked: :func:`gather` makes them, :func:`vote` asks."""
+
+    index: Index
+    labels: Labels
+    method: str
+    n_neighbors: int
+    recall: float
+    recall_rows: int
 
 
 @dataclass(frozen=True)
@@ -36,17 +48,15 @@ class Transfer:
         (n_query, n_labels) float32, rows sum to 1 (without a latent: all equal), or None.
     names
         The reference's labels, sorted.
+    voters
+        Who voted: method, n_neighbors, recall.
     """
 
     codes_n: np.ndarray
     uncertainty_n: np.ndarray
     probabilities_nl: np.ndarray | None
     names: list[str]
-    method: str
-    n_neighbors: int
-    index: str
-    recall: float
-    recall_rows: int
+    voters: Voters
 
     @property
     def labels_n(self) -> np.ndarray:
@@ -98,42 +108,78 @@ def transfer_labels(
     EmptyError
         If no reference cell has a label.
     """
+    voters = gather(
+        reference_nk,
+        labels,
+        query_nk,
+        method=method,
+        n_neighbors=n_neighbors,
+        unlabeled=unlabeled,
+        index=index,
+        seed=seed,
+        memory=memory,
+        threads=threads,
+    )
+    return vote(voters, query_nk, threshold=threshold, probabilities=probabilities)
+
+
+def gather(
+    reference_nk: np.ndarray,
+    labels: Any,
+    query_nk: np.ndarray,
+    *,
+    method: str = "vote",
+    n_neighbors: int | None = None,
+    unlabeled: Sequence[str] = UNLABELED,
+    index: str = "auto",
+    seed: int = 0,
+    memory: str | int = "4GB",
+    threads: int = 0,
+) -> Voters:
+    """The reference's half of :func:`transfer_labels`: an index over its labelled cells.
+
+    `query_nk` (all cells that will ask) decides between the searches, and its sample measures the recall.
+    """
     if method not in N_NEIGHBORS:
         raise UsageError(f"method = {method!r}", fix=f"one of {', '.join(N_NEIGHBORS)}")
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise UsageError(f"threshold = {threshold}, an uncertainty lies between 0 and 1")
     reference_nk, voters = _voters(reference_nk, encode_labels(labels, unlabeled))
     k = N_NEIGHBORS[method] if n_neighbors is None else n_neighbors
     if k < 1:
         raise UsageError(f"n_neighbors = {k}", fix="at least 1")
     if k > len(voters):
-        warn(
-            f"only {len(voters)} reference cells have a label, fewer than n_neighbors = {k}: all of them vote"
-        )
+        warn(f"only {len(voters)} reference cells have a label, fewer than n_neighbors = {k}: all vote")
         k = len(voters)
     query_nk = np.asarray(query_nk)
     searcher = build_index(
         reference_nk, len(query_nk), method=index, seed=seed, threads=threads, memory=memory
     )
-    recall, recall_rows = reach_recall(searcher, query_nk, k, seed=seed, memory=memory)
+    recall, rows = reach_recall(searcher, query_nk, k, seed=seed, memory=memory)
+    return Voters(searcher, voters, method, k, recall, rows)
 
-    n_labels = len(voters.names)
-    codes_n = np.full(len(query_nk), -1, dtype=np.int32)
-    uncertainty_n = np.ones(len(query_nk), dtype=np.float32)
-    shares_nl = np.full((len(query_nk), n_labels), 1 / n_labels, dtype=np.float32) if probabilities else None
-    for start in range(0, len(query_nk), ROWS):
-        indices, distances = searcher.search(query_nk[start : start + ROWS], k)
+
+def vote(
+    voters: Voters, query_nk: np.ndarray, *, threshold: float | None = None, probabilities: bool = False
+) -> Transfer:
+    """The query's half of :func:`transfer_labels`, by blocks of cells."""
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise UsageError(f"threshold = {threshold}, an uncertainty lies between 0 and 1")
+    query_nk, names = np.asarray(query_nk), voters.labels.names
+    n, n_labels = len(query_nk), len(names)
+    codes_n = np.full(n, -1, dtype=np.int32)
+    uncertainty_n = np.ones(n, dtype=np.float32)
+    shares_nl = np.full((n, n_labels), 1 / n_labels, dtype=np.float32) if probabilities else None
+    for start in range(0, n, ROWS):
+        indices, distances = voters.index.search(query_nk[start : start + ROWS], voters.n_neighbors)
         found = np.flatnonzero(indices[:, 0] >= 0)
-        shares_ml = _shares(voters.codes_n[indices[found]], distances[found], n_labels, method)
+        around = voters.labels.codes_n[indices[found]]
+        shares_ml = _shares(around, distances[found], n_labels, voters.method)
         codes_n[start + found] = shares_ml.argmax(axis=1)
         uncertainty_n[start + found] = np.clip(1 - shares_ml.max(axis=1), 0, 1)
         if shares_nl is not None:
             shares_nl[start + found] = shares_ml
     if threshold is not None:
         codes_n[uncertainty_n > np.float32(threshold)] = -1
-    return Transfer(
-        codes_n, uncertainty_n, shares_nl, voters.names, method, k, searcher.method, recall, recall_rows
-    )
+    return Transfer(codes_n, uncertainty_n, shares_nl, names, voters)
 
 
 def _voters(reference_nk: np.ndarray, labels: Labels) -> tuple[np.ndarray, Labels]:

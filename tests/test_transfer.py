@@ -38,7 +38,8 @@ def test_default_is_scalex_5nn():
     ours = transfer_labels(reference, labels, query)
     theirs = KNeighborsClassifier().fit(reference, labels).predict(query)
     np.testing.assert_array_equal(ours.labels_n, theirs)
-    assert (ours.method, ours.n_neighbors, ours.index, ours.recall) == ("vote", 5, "exact", 1.0)
+    assert (ours.voters.method, ours.voters.n_neighbors) == ("vote", 5)
+    assert (ours.voters.index.method, ours.voters.recall) == ("exact", 1.0)
 
 
 def test_ties_go_to_the_first_label_in_sorted_order():
@@ -143,7 +144,7 @@ def test_errors_say_what_to_do():
     with pytest.raises(UsageError, match="vote, weighted"):
         transfer_labels(np.eye(3), ["a", "b", "c"], np.eye(3), method="svm")
     with pytest.raises(UsageError, match="between 0 and 1"):
-        transfer_labels(np.eye(3), ["a", "b", "c"], np.eye(3), threshold=2)
+        transfer_labels(np.eye(3), ["a", "b", "c"], np.eye(3), n_neighbors=1, threshold=2)
 
 
 def test_labels_of_any_kind():

@@ -47,11 +47,15 @@ class Scores:
     def __getitem__(self, name: str) -> float | None:
         return self.measures[name].value
 
+    @property
+    def values(self) -> dict[str, float | None]:
+        """The numbers alone."""
+        return {name: measure.value for name, measure in self.measures.items()}
+
     def to_json(self) -> dict[str, Any]:
         """One key per metric (a number, or None), and ``details``: how each was computed, why one is None."""
-        values: dict[str, Any] = {name: measure.value for name, measure in self.measures.items()}
         details = {name: measure.details() for name, measure in self.measures.items()}
-        return {**values, "details": details, **self.notes}
+        return {**self.values, "details": details, **self.notes}
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Nearest neighbours: arrays in, arrays out."""
 
-from streamx.neighbors.index import Neighbors, build_index, choose_method, nearest, reach_recall
+from streamx.neighbors.index import Index, Neighbors, build_index, choose_method, nearest, reach_recall
 
-__all__ = ["Neighbors", "build_index", "choose_method", "nearest", "reach_recall"]
+__all__ = ["Index", "Neighbors", "build_index", "choose_method", "nearest", "reach_recall"]

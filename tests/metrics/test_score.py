@@ -73,9 +73,7 @@ def test_cells_without_a_latent_are_left_out_and_counted():
         score_latent(latent[keep], batches[keep], labels[keep]),
     )
     assert found.notes["n_without_latent"] == 40
-    assert {k: m.value for k, m in found.measures.items()} == {
-        k: m.value for k, m in expected.measures.items()
-    }
+    assert found.values == expected.values
 
 
 def test_unlabelled_cells_count_for_batches_only():
