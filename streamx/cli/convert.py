@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from streamx.cli.info import show
 from streamx.cli.verb import Result, Verb, add_settings, given
 from streamx.config import ConvertConfig
 from streamx.errors import PartialError
@@ -43,6 +44,7 @@ VERB = Verb(
     "  streamx convert new_study.h5ad -o atlas --append",
     add_arguments=add_arguments,
     run=run,
+    show=show,
     exit_code=exit_code,
     measured=True,
 )

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from streamx.cli.show import columns
 from streamx.cli.verb import Result, Verb
-from streamx.errors import BadFileError
+from streamx.errors import BadFileError, StreamxError
+
+if TYPE_CHECKING:
+    from streamx.store.collection import Collection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,29 +27,49 @@ def run(args: argparse.Namespace) -> Result:
 
     collection = sx.open(args.path)
     result = {"path": args.path, **collection.summary()}
-    if collection.kind == "view":
-        result["store_generation"] = (collection.view or {}).get("store_generation")
-    return result
+    return result | generations(collection) if collection.kind == "view" else result
+
+
+def generations(view: Collection) -> dict[str, Any]:
+    """Which generation of its store a view was made from, and at which the store is now (None: not found)."""
+    from streamx.preprocess.view import store_of
+
+    try:
+        now = store_of(view).generation
+    except StreamxError:
+        now = None
+    return {"store_generation": (view.view or {}).get("store_generation"), "store_generation_now": now}
 
 
 def describe_model(manifest: Path) -> Result:
-    """The scalars of a model's manifest, and how long its lists are."""
+    """Of a model's card what says where it comes from; genes and batches by their number."""
     try:
-        content = json.loads(manifest.read_text())
-    except ValueError as error:
-        raise BadFileError(f"not JSON: {error}", where=str(manifest), fix="train the model again") from None
-    short = {key: value for key, value in content.items() if not isinstance(value, dict | list)}
-    return {"kind": "model", **short}
+        card = json.loads(manifest.read_text())
+        return {
+            "kind": "model",
+            "model": card["model"],
+            "id": card["id"],
+            "n_genes": len(card["genes"]),
+            "n_batches": len(card["batches"]),
+            "batch_key": card["batch_key"],
+            "norm": card["norm"],
+            **card["training"],
+            "versions": card["versions"],
+        }
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadFileError(f"is no model card: {error}", where=str(manifest), fix="train it again") from None
 
 
 def show(result: Result) -> str:
-    """Batches below each other; of lists of names only how many there are."""
-    text = {key: value for key, value in result.items() if key not in ("batches", "view")}
-    lines = columns(text)
-    if result.get("batches"):
+    """Names and values; batches below each other; the view's recipe only with --json."""
+    text = columns({key: value for key, value in result.items() if key not in ("batches", "view")})
+    if isinstance(result.get("batches"), dict) and result["batches"]:
         rows = [{"batch": name, "cells": cells} for name, cells in result["batches"].items()]
-        lines += "\n" + columns({"batches": rows})
-    return lines
+        text += "\n" + columns({"batches": rows})
+    now, then = result.get("store_generation_now"), result.get("store_generation")
+    if now is not None and then is not None and now > then:
+        text += f"\nview at generation {then}, store at {now}: streamx preprocess --update {result['path']}"
+    return text
 
 
 VERB = Verb(

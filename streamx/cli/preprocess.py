@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from streamx.cli.info import show
 from streamx.cli.verb import Result, Verb, add_settings, given
 from streamx.config import PreprocessConfig
 from streamx.errors import UsageError
@@ -49,5 +50,6 @@ VERB = Verb(
     "  streamx preprocess --update view",
     add_arguments=add_arguments,
     run=run,
+    show=show,
     measured=True,
 )

@@ -1,0 +1,158 @@
+"""Every figure of a reference and of what was mapped onto it, as files in a folder (``streamx plot``)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from streamx.config import PlotConfig, build
+from streamx.errors import UsageError
+from streamx.labels import encode_labels
+from streamx.mapping import LATENT, Cells, batches_of, read_queries, read_reference
+from streamx.plots import confusion, embedding, history, meta, meta2, umap
+
+BATCH, ORIGIN, REFERENCE = "batch", "origin", "reference"
+
+
+@dataclass
+class Drawn:
+    """What the functions of :mod:`streamx.plots` draw from: obs and obsm, as of an AnnData."""
+
+    obs: pd.DataFrame
+    obsm: dict[str, np.ndarray] = field(default_factory=dict)
+
+
+def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **settings: Any) -> list[str]:
+    """Draw a reference and, if named, the queries mapped onto it.
+
+    ============================  ======================================================================
+    history                       losses over epochs
+    umap_<color>                  UMAP of all cells in one space; reference and queries in panels
+    confusion                     predictions against the queries' own labels (needs `label_key`)
+    meta                          correlation of the mean latents of all (batch, label) pairs
+    meta2_<query>                 the same, labels of a query against those of the reference
+    ============================  ======================================================================
+
+    Parameters
+    ----------
+    model
+        Folder that ``train`` wrote.
+    mapped
+        Folder that ``project`` wrote, or None.
+    output
+        Folder for the figures.
+    settings
+        Fields of :class:`~streamx.config.PlotConfig`.
+
+    Returns
+    -------
+    list of str
+        Paths of the figures.
+
+    Raises
+    ------
+    UsageError
+        If a column to colour by exists nowhere; lists those there are.
+    """
+    config: PlotConfig = build(PlotConfig, settings)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    reference = read_reference(model)
+    queries = [] if mapped is None else read_queries(mapped, reference)
+    paths: list[str] = []
+
+    def path(name: str) -> Path:
+        paths.append(str(folder / f"{name}.{config.format}"))
+        return Path(paths[-1])
+
+    history(Path(model), path("history"), show=False)
+    colors = colors_of(config, [reference, *queries])
+    cells = gather(reference, queries, config, colors)
+    cells.obsm["X_umap"] = umap(
+        cells.obsm[LATENT],
+        n_neighbors=config.n_neighbors,
+        min_dist=config.min_dist,
+        sketch=config.max_cells,
+        seed=config.seed,
+        threads=config.threads,
+    )
+    for color in colors:
+        groupby = ORIGIN if queries and color != BATCH else None
+        embedding(cells, color, groupby=groupby, save=path(f"umap_{color}"), show=False)
+    if config.label_key is not None:
+        _draw_labels(cells, config.label_key, queries, path)
+    return paths
+
+
+def _draw_labels(cells: Drawn, key: str, queries: Sequence[Cells], path: Any) -> None:
+    """The figures that need labels, as far as there are any."""
+    predicted = f"{key}_pred"
+    if predicted in cells.obs:
+        scored = encode_labels(cells.obs[key]).known_n & (cells.obs[ORIGIN] != REFERENCE).to_numpy()
+        if scored.any():
+            rows = cells.obs.loc[scored]
+            confusion(rows[key], rows[predicted], path("confusion"), show=False)
+    known = encode_labels(cells.obs[key]).known_n
+    labelled = Drawn(cells.obs.loc[known], {LATENT: cells.obsm[LATENT][known]})
+    if not known.any():
+        return
+    meta(labelled, LATENT, color=key, batch=BATCH, save=path("meta"), show=False)
+    for query in queries:
+        if (labelled.obs[ORIGIN] == query.name).any() and (labelled.obs[ORIGIN] == REFERENCE).any():
+            pair = [REFERENCE, query.name]
+            file = path(f"meta2_{query.name}")
+            meta2(labelled, LATENT, color=key, batch=ORIGIN, batches=pair, save=file, show=False)
+
+
+def colors_of(config: PlotConfig, parts: Sequence[Cells]) -> list[str]:
+    """Columns to colour by: those asked for, else the batch, the labels and their predictions."""
+    columns = {name for part in parts for name in part.columns} | {BATCH}
+    chosen = list(config.color)
+    if not chosen:
+        key = config.label_key
+        wanted = [] if key is None else [key, f"{key}_pred", f"{key}_uncertainty"]
+        chosen = [BATCH, *(name for name in wanted if name in columns)]
+    for name in [*chosen, *([config.label_key] if config.label_key else [])]:
+        if name not in columns:
+            shown = ", ".join(sorted(name for name in columns if not name.startswith("_streamx_")))
+            raise UsageError(
+                f"no obs column {name!r}", where=str(parts[0].path.parent), fix=f"one of: {shown}"
+            )
+    return chosen
+
+
+def gather(reference: Cells, queries: Sequence[Cells], config: PlotConfig, colors: Sequence[str]) -> Drawn:
+    """Cells that have a latent, with the columns that figures need; what a part lacks is missing there."""
+    parts = [reference, *queries]
+    latent_nk = np.concatenate([part.latent_nk for part in parts])
+    obs = pd.DataFrame(index=pd.RangeIndex(len(latent_nk)).astype(str))
+    obs[ORIGIN] = np.repeat([REFERENCE, *(query.name for query in queries)], [part.n_cells for part in parts])
+    obs[BATCH] = np.concatenate(batches_of(reference, queries, config.batch_key))
+    key = config.label_key
+    for name in dict.fromkeys([*colors, *([] if key is None else [key, f"{key}_pred"])]):
+        if name not in (BATCH, ORIGIN) and any(name in part.columns for part in parts):
+            obs[name] = _united(
+                [part.column(name) if name in part.columns else part.n_cells for part in parts]
+            )
+    known = np.isfinite(latent_nk).all(axis=1)
+    return Drawn(obs.loc[known], {LATENT: latent_nk[known]})
+
+
+def _united(parts: Sequence[pd.Series | int]) -> np.ndarray:
+    """One column from several: numbers where all are, else text; an int stands for so many missing values."""
+    given = [part for part in parts if not isinstance(part, int)]
+    numeric = all(pd.api.types.is_numeric_dtype(part) and part.dtype != bool for part in given)
+    pieces = []
+    for part in parts:
+        if isinstance(part, int):
+            pieces.append(np.full(part, np.nan if numeric else "", dtype=float if numeric else object))
+        elif numeric:
+            pieces.append(part.to_numpy(dtype=float, na_value=np.nan))
+        else:
+            pieces.append(encode_labels(part, ()).text())
+    return np.concatenate(pieces)
