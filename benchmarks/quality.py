@@ -1,0 +1,231 @@
+"""Quality of streamx's SCALEX beside SCALEX 1.0.4 and PCA: same cells, genes, split and scoring.
+
+    python benchmarks/quality.py                                  # everything: hours on two cores
+    python benchmarks/quality.py --sets symphony_map --seeds 0    # one set, one seed
+
+Every run is printed as one JSON line on stdout and appended to ``results/quality.jsonl``; a table and the
+pass criteria follow. SCALEX needs the extra ``peer`` (or ``--peer-python`` of an environment that has it).
+A row that was computed before with the same data, settings and versions is not computed again, and says
+``cached``; for streamx "version" means the source files that make latents. Every run is a process of its own
+with one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE / "peers")]
+
+import numpy as np  # noqa: E402
+from clock import clock, pin_threads, since  # noqa: E402
+from report import criteria, table  # noqa: E402
+from sets import SETS, BenchSet, checksum, data_dir, write_inputs  # noqa: E402
+
+RESULTS = HERE / "results" / "quality.jsonl"
+METHODS = ("PCA", "SCALEX", "streamx")
+SCALEX_VERSION = "1.0.4"
+ITERATIONS = 30_000  # SCALEX's own default, and streamx's
+# Parts of streamx that no latent passes through.
+BYSTANDERS = ("cli", "demo", "figures.py", "integrate", "interop", "labels.py", "mapping.py", "metrics")
+BYSTANDERS += ("neighbors", "plots", "transfer.py")
+
+
+def source_crc() -> str:
+    """crc32 over the source files of streamx that can change a latent."""
+    root, crc = HERE.parent / "streamx", 0
+    for path in sorted(root.rglob("*.py")):
+        if path.relative_to(root).parts[0] not in BYSTANDERS:
+            crc = zlib.crc32(path.read_bytes(), crc)
+    return f"{crc:08x}"
+
+
+def commit() -> str:
+    """Short hash of the checkout, with "+" if files differ from it."""
+    asked = ("git", "-C", str(HERE.parent))
+    try:
+        name = subprocess.run([*asked, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
+        changed = subprocess.run(
+            [*asked, "status", "--porcelain", "--untracked-files=no", "streamx"],
+            capture_output=True,
+            text=True,
+        ).stdout
+    except OSError:
+        return "unknown"
+    return (name.strip() or "unknown") + ("+" if changed.strip() else "")
+
+
+def machine() -> str:
+    """Processor and number of cores."""
+    model = platform.processor() or platform.machine()
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.split(":", 1)[1].strip()
+                break
+    except OSError:
+        pass
+    return f"{model}, {os.cpu_count()} cores, {platform.system()}"
+
+
+def key_of(bench: BenchSet, method: str, seed: int, iterations: int | None, data: str) -> dict[str, Any]:
+    """What a result depends on, but for the versions of a peer's packages."""
+    key: dict[str, Any] = {
+        "set": bench.name,
+        "method": method,
+        "seed": seed,
+        "max_iteration": iterations,
+        "min_features": 1,
+        "data_crc": data,
+    }
+    if method == "SCALEX":
+        key["scalex"] = SCALEX_VERSION
+    if method == "streamx":
+        key["source_crc"] = source_crc()
+    return key
+
+
+def find_cached(key: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest row with this key."""
+    if not RESULTS.exists():
+        return None
+    rows = [json.loads(line) for line in RESULTS.read_text().splitlines() if line.strip()]
+    return next((row for row in reversed(rows) if row["key"] == key), None)
+
+
+def run_apart(
+    script: Path, python: str, paths: dict[str, Path], key: dict[str, Any], out: Path
+) -> dict[str, Any]:
+    """Run a method in its own process, unless its latents are there: its ``run.json``."""
+    done = out / "run.json"
+    if not done.exists():
+        command = [
+            python,
+            "-W",
+            "ignore",
+            str(script),
+            "--reference",
+            str(paths["reference"]),
+            "--out",
+            str(out),
+        ]
+        command += [f"--seed={key['seed']}", f"--max-iteration={key['max_iteration']}"]
+        for name, path in paths.items():
+            if name != "reference":
+                command += ["--query", f"{name}={path}"]
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out.with_suffix(".log"), "w") as log:
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        if code:
+            tail = out.with_suffix(".log").read_text()[-2000:]
+            raise SystemExit(f"{key['method']} on {key['set']} ended with code {code}:\n{tail}")
+    return json.loads(done.read_text())
+
+
+def read_latents(out: Path, names: list[str]) -> dict[str, np.ndarray]:
+    """Latents, batches, labels and cells of the reference and then each query."""
+    parts = [np.load(out / f"{name}.npz") for name in names]
+    return {field: np.concatenate([part[field] for part in parts]) for field in parts[0].files}
+
+
+def run_pca(paths: dict[str, Path], out: Path) -> dict[str, Any]:
+    """Embed by PCA in this process; latents are written as the other methods do."""
+    import anndata as ad
+    from peers import pca
+
+    out.mkdir(parents=True, exist_ok=True)
+    start = clock()
+    found = pca.embed(paths)
+    times = {"reference": since(start)}
+    counts = {}
+    for name, latent in found.items():
+        obs = ad.read_h5ad(paths[name]).obs
+        columns = {field: obs[field].to_numpy(dtype=str) for field in ("batch", "cell_type")}
+        np.savez_compressed(out / f"{name}.npz", latent=latent, cell=obs.index.to_numpy(dtype=str), **columns)
+        counts[name] = len(obs)
+    return {"steps": 0, "n_cells": counts, "times": times}
+
+
+def run(
+    bench: BenchSet, method: str, seed: int, iterations: int | None, args: argparse.Namespace
+) -> dict[str, Any]:
+    """One row: its key, provenance, cost, and scores of all queries together and each alone."""
+    from scoring import score
+
+    data = checksum([data_dir() / file for file in bench.files])
+    key = key_of(bench, method, seed, iterations, data)
+    cached = None if args.fresh else find_cached(key)
+    if cached:
+        return cached | {"cached": True}
+    paths = write_inputs(bench, args.work / "data" / bench.name)
+    out = args.work / method / f"{bench.name}-s{seed}-i{iterations}"
+    if method == "streamx":
+        out = out.with_name(f"{out.name}-{key['source_crc']}")
+    if method == "PCA":
+        ran = run_pca(paths, out)
+    else:
+        script = HERE / ("ours.py" if method == "streamx" else "peers/scalex_peer.py")
+        python = sys.executable if method == "streamx" else args.peer_python
+        ran = run_apart(script, python, paths, key, out)
+    if method == "SCALEX" and ran["versions"]["scalex"] != SCALEX_VERSION:
+        raise SystemExit(
+            f"SCALEX {ran['versions']['scalex']} is installed; the comparison is with {SCALEX_VERSION}"
+        )
+    cells = read_latents(out, list(paths))
+    return {
+        "key": key,
+        "commit": commit(),
+        "machine": machine(),
+        **ran,
+        "scores": score(cells["latent"], cells["batch"], cells["cell_type"], bench.queries),
+        "cached": False,
+    }
+
+
+def keep(row: dict[str, Any]) -> None:
+    """Append a row that was computed now to the results."""
+    RESULTS.parent.mkdir(exist_ok=True)
+    with open(RESULTS, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sets", nargs="+", default=list(SETS), choices=list(SETS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--max-iteration", type=int, default=ITERATIONS, help="of SCALEX and of streamx")
+    parser.add_argument("--peer-python", default=sys.executable, help="python that has scalex 1.0.4")
+    parser.add_argument(
+        "--work", type=Path, default=HERE.parent / "build" / "quality", help="latents, models"
+    )
+    parser.add_argument("--fresh", action="store_true", help="use no row that was computed before")
+    args = parser.parse_args()
+    pin_threads()
+    rows = []
+    for name in args.sets:
+        for method in args.methods:
+            for seed in args.seeds if method != "PCA" else [0]:
+                row = run(SETS[name], method, seed, None if method == "PCA" else args.max_iteration, args)
+                rows.append(row)
+                if not row["cached"]:
+                    keep(row)
+                print(json.dumps(row), flush=True)
+    print("\n" + table(rows))
+    lines, passed = criteria(rows)
+    print("\n" + "\n".join(lines))
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
