@@ -162,10 +162,11 @@ class TrainConfig:
     checkpoint_seconds: float = option(30.0, "seconds between checkpoints, at least")
     device: str = option("auto", "cpu, cuda, cuda:1, or auto")
     norm: str = option(
-        "domain",
-        "statistics of the encoder's batch norm for the latents: running, domain (each batch's own, exact), "
-        "minibatch (the original's)",
-        choices=("running", "domain", "minibatch"),
+        "matched",
+        "statistics of the encoder's batch norm for the latents: matched (each batch moved to what the "
+        "reference has at its composition), running, domain (each batch's own, exact), minibatch (the "
+        "original's)",
+        choices=("matched", "running", "domain", "minibatch"),
     )
     memory: str = option("4GB", "memory that the loader may use")
     threads: int = option(0, "threads that read ahead (0: one per core); training itself uses one")
@@ -179,8 +180,12 @@ class ProjectConfig:
         None, "obs column of the query that names its batches (default: each query is one batch)"
     )
     min_features: int | None = option(None, "cells below it get no latent (default: the reference's)")
-    norm: str = option(
-        "running", "statistics of the encoder's batch norm", choices=("running", "domain", "minibatch")
+    norm: str | None = option(
+        None,
+        "statistics of the encoder's batch norm: matched (each query batch moved to what the reference has "
+        "at its composition), running (the reference's), domain (its own), minibatch (the original's) "
+        "(default: matched; minibatch for a checkpoint of SCALEX)",
+        choices=("matched", "running", "domain", "minibatch"),
     )
     scale: str = option(
         "reference",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from scipy import sparse
 from tqdm.auto import tqdm
 
@@ -22,6 +23,7 @@ from streamx.config import ProjectConfig, build, parse_bytes
 from streamx.errors import InputError, ResourceError, SettingsChangedError, UsageError, warn
 from streamx.loader.plan import permutation
 from streamx.loader.transform import apply_transform, dense
+from streamx.models.matched import QUERY_BATCH_SAMPLE, as_statistics, fit_query, normalised, stay
 from streamx.models.scalex import encode, encode_by_minibatch, norm_stats, running_stats
 from streamx.query import Block, Query, Request, open_query, query_obs, read_blocks, requests
 from streamx.store.journal import first_difference
@@ -72,6 +74,8 @@ def project(
     config: ProjectConfig = build(ProjectConfig, settings)
     model = model if isinstance(model, Model) else load_model(model)
     _check(model, config)
+    if config.norm is None:
+        config = replace(config, norm="minibatch" if model.clusters is None else "matched")
     asked = requests(queries)
     out = Path(output)
     model.module.to(pick_device(config.device))
@@ -158,7 +162,7 @@ def _map(model: Model, query: Query, config: ProjectConfig, memory: int, progres
         if own_scale:
             scale_bg = _query_scale(model, blocks(), n_b, small, pooled_g)
     inputs = _Inputs(model, blocks, scale_bg)
-    for row_n, found in _encoded(model, inputs, config, n_batches, small):
+    for row_n, found in _encoded(model, inputs, query, config, small):
         z_nk[row_n] = found
     return _Mapped(z_nk, [query.batches[b] for b in small])
 
@@ -193,9 +197,10 @@ class _Inputs:
 
 
 def _encoded(
-    model: Model, inputs: _Inputs, config: ProjectConfig, n_batches: int, small: list[int]
+    model: Model, inputs: _Inputs, query: Query, config: ProjectConfig, small: list[int]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """(rows, latents) under the chosen norm; small batches always by the running statistics."""
+    n_batches = len(query.batches)
     rows: deque[np.ndarray] = deque()
     mean_h, var_h = running_stats(model.module)
     mean_bh, var_bh = mean_h[None], var_h[None]
@@ -206,8 +211,44 @@ def _encoded(
         stats = norm_stats(model.module, inputs.minibatches, n_batches)
         mean_bh, var_bh = stats.mean_bh.copy(), stats.var_bh.copy()
         mean_bh[small], var_bh[small] = mean_h, var_h
+    if config.norm == "matched":
+        mean_bh, var_bh = _matched(model, inputs, query, small)
     for z_nk in encode(model.module, lambda: inputs.minibatches(rows), mean_bh, var_bh):
         yield rows.popleft(), z_nk
+
+
+def _matched(model: Model, inputs: _Inputs, query: Query, small: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Statistics per query batch that give it what the reference has at its composition.
+
+    A batch of many cells is judged by a sample, chosen and ordered by the hash of the cells' names: neither
+    the order of files nor that of cells matters.
+    """
+    assert model.clusters is not None
+    key_n = pd.util.hash_array(np.concatenate([source.obs_names for source in query.sources]))
+    chosen = [
+        np.flatnonzero(query.passed_n & (query.code_n == b)) if b not in small else np.empty(0, np.int64)
+        for b in range(len(query.batches))
+    ]
+    chosen = [rows[np.argsort(key_n[rows], kind="stable")[:QUERY_BATCH_SAMPLE]] for rows in chosen]
+    wanted = np.zeros(query.n_obs, dtype=bool)
+    wanted[np.concatenate(chosen)] = True
+    found_n, found_nh = [], []
+    for block in inputs.transformed():
+        take = wanted[block.row_n]
+        if take.any():
+            x_ng = block.x_ng[take]
+            found_n.append(block.row_n[take])
+            found_nh.append(normalised(model.module, dense(x_ng, 0, x_ng.shape[0])))
+    moves = [stay(model.module.config.n_hidden)] * len(query.batches)
+    if found_n:
+        position = np.empty(query.n_obs, dtype=np.int64)
+        position[np.concatenate(found_n)] = np.arange(wanted.sum())
+        u_nh = np.concatenate(found_nh)
+        for b, rows in enumerate(chosen):
+            if len(rows):
+                moves[b] = fit_query(model.module, u_nh[position[rows]], model.clusters)
+    mean_bh, var_bh = zip(*(as_statistics(model.module, move) for move in moves), strict=True)
+    return np.stack(mean_bh), np.stack(var_bh)
 
 
 def _encoded_by_minibatch(
@@ -358,6 +399,12 @@ def _check(model: Model, config: ProjectConfig) -> None:
             "this checkpoint of SCALEX keeps no largest values per gene",
             where=str(model.path),
             fix="--scale query estimates them from the query, as SCALEX does",
+        )
+    if config.norm == "matched" and model.clusters is None:
+        raise UsageError(
+            "this checkpoint of SCALEX says nothing about its cells",
+            where=str(model.path),
+            fix="--norm minibatch, as SCALEX does; or running, domain",
         )
     for name in ("min_features", "min_query_cells"):
         value = getattr(config, name)

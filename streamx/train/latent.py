@@ -10,6 +10,15 @@ import torch
 
 from streamx.errors import BatchError
 from streamx.loader.loader import Loader
+from streamx.models.matched import (
+    REFERENCE_BATCH_SAMPLE,
+    REFERENCE_SAMPLE,
+    Clusters,
+    Move,
+    as_statistics,
+    fit_reference,
+    normalised,
+)
 from streamx.models.scalex import (
     NormStats,
     Scalex,
@@ -23,6 +32,7 @@ from streamx.train.model import Model
 
 ROWS = 4096  # per minibatch where its size does not matter
 ORIGINAL = 64  # where it does
+MIN_CELLS = 200  # of a batch, for statistics of its own
 
 
 def loader_stats(module: Scalex, loader: Loader) -> NormStats:
@@ -30,11 +40,33 @@ def loader_stats(module: Scalex, loader: Loader) -> NormStats:
     return norm_stats(module, lambda: ((mb.x_ng, mb.batch_n) for mb in loader.at(0)))
 
 
+def match_reference(
+    module: Scalex, view: Collection, *, seed: int, **options: Any
+) -> tuple[Clusters, list[Move]]:
+    """Clusters of the reference and the move of each batch, from a sample of its cells.
+
+    Rows of a view are shuffled inside each batch, so the first ones of every run of a batch are a sample.
+    """
+    sampled = np.zeros(view.n_obs, dtype=bool)
+    code_n, n_batches = view.batch_codes, max(1, len(view.batches))
+    quota = max(MIN_CELLS, min(REFERENCE_BATCH_SAMPLE, REFERENCE_SAMPLE // n_batches))
+    starts = np.flatnonzero(np.diff(code_n, prepend=-2))
+    sizes = np.diff(np.append(starts, len(code_n)))
+    of_batch = np.bincount(code_n, minlength=n_batches)
+    for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
+        share = -(-size * quota // int(of_batch[code_n[start]]))
+        sampled[start : start + min(size, share)] = True
+    loader = Loader(view, ROWS, order="sequential", rows=sampled, **options)
+    u_nh = np.concatenate([normalised(module, mb.x_ng) for mb in loader.at(0)])
+    return fit_reference(module, u_nh, code_n[sampled], n_batches, min_cells=MIN_CELLS, seed=seed)
+
+
 def latents(
     module: Scalex,
     view: Collection,
     norm: str,
     stats: NormStats | None = None,
+    moves: list[Move] | None = None,
     *,
     seed: int = 0,
     **options: Any,
@@ -44,10 +76,11 @@ def latents(
     Parameters
     ----------
     norm
-        Statistics of the encoder's batch norm: ``running`` ones of the training; ``domain``, each batch's
-        own, exact; ``minibatch``, those of 64 cells of one batch, drawn by ``seed`` (the original).
-    stats
-        For ``domain``, where they are known already; else they cost one more pass.
+        Statistics of the encoder's batch norm: ``matched``, each batch's move to what the reference has at
+        its composition; ``running`` ones of the training; ``domain``, each batch's own, exact;
+        ``minibatch``, those of 64 cells of one batch, drawn by ``seed`` (the original).
+    stats, moves
+        For ``domain`` and ``matched``, where they are known already; else they cost one more pass.
     options
         Of the :class:`Loader`: device, memory, prefetch.
 
@@ -67,6 +100,9 @@ def latents(
     if norm == "domain":
         stats = stats or loader_stats(module, loader)
         mean_bh, var_bh = stats.mean_bh, stats.var_bh
+    elif norm == "matched":
+        moves = moves or match_reference(module, view, seed=seed, **options)[1]
+        mean_bh, var_bh = map(np.stack, zip(*(as_statistics(module, move) for move in moves), strict=True))
     else:
         mean_h, var_h = running_stats(module)
         mean_bh, var_bh = mean_h[None], var_h[None]

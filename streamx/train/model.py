@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from streamx.config import ScalexConfig
 from streamx.errors import BadFileError, IncompleteError, IntegrityError
 from streamx.interop.scalex import read_checkpoint
 from streamx.loader.transform import Transform
+from streamx.models.matched import Clusters
 from streamx.models.scalex import NormStats, Scalex
 from streamx.store.journal import journal_path
 from streamx.store.location import Location
@@ -61,6 +62,8 @@ class Model:
         Table of the transform's division, float32 (n_batches, n_genes); None if unknown or unused.
     stats
         Statistics of the encoder's pre-activations over the reference; None if unknown.
+    clusters
+        What the reference looks like in each of its clusters, to match queries with; None if unknown.
     norm
         How the reference's latents were normalised.
     id
@@ -78,6 +81,7 @@ class Model:
     total: str
     scale_bg: np.ndarray | None
     stats: NormStats | None
+    clusters: Clusters | None
     norm: str
     id: str
     path: Path
@@ -90,7 +94,7 @@ class Model:
 
 
 def save_weights(
-    location: Location, module: Scalex, scale_bg: np.ndarray | None, stats: NormStats
+    location: Location, module: Scalex, scale_bg: np.ndarray | None, stats: NormStats, clusters: Clusters
 ) -> tuple[str, list[Any]]:
     """Write weights and tables: their SHA-256, and (bytes, crc32c)."""
     tensors = {
@@ -104,6 +108,7 @@ def save_weights(
         "mean_h": mean_h,
         "var_h": var_h,
         "scale_bg": scale_bg,
+        **asdict(clusters),
     }
     for name, table in tables.items():
         if table is not None:
@@ -189,6 +194,7 @@ def load_model(path: str | Path) -> Model:
         total=preprocessing["recipe"]["total"],
         scale_bg=tables.get("scale_bg"),
         stats=NormStats(tables["n_b"], tables["mean_bh"], tables["var_bh"]),
+        clusters=Clusters(**{f.name: tables[f.name] for f in fields(Clusters)}),
         norm=card["norm"],
         id=card["id"],
         path=location.root,
@@ -210,6 +216,7 @@ def _from_scalex(folder: Path) -> Model:
         total="kept",
         scale_bg=None,
         stats=None,
+        clusters=None,
         norm="minibatch",
         id=hashlib.sha256(weights).hexdigest(),
         path=folder,

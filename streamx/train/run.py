@@ -20,6 +20,7 @@ import streamx
 from streamx.config import ScalexConfig, TrainConfig, build
 from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, UsageError, warn
 from streamx.loader.loader import Loader, Minibatch
+from streamx.models.matched import Clusters
 from streamx.models.scalex import NormStats, Scalex
 from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference, journal_path
@@ -30,7 +31,7 @@ from streamx.threads import thread_count
 from streamx.train.checkpoint import Throttle, load_state, save_state
 from streamx.train.early_stopping import EarlyStopping
 from streamx.train.fit import State, fit, make_optimizer, seed_of
-from streamx.train.latent import ROWS, latents, loader_stats
+from streamx.train.latent import ROWS, latents, loader_stats, match_reference
 from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, seal
 
 log = logging.getLogger("streamx")
@@ -156,7 +157,8 @@ def _train(
     if state.stopping.best_epoch != state.epoch - 1 and math.isnan(state.history[-1]["loss"]):
         warn(f"the loss became NaN in epoch {state.epoch - 1}; epoch {state.stopping.best_epoch} is kept")
     stats = loader_stats(module, Loader(view, ROWS, order="sequential", **options))
-    z_nk = latents(module, view, config.norm, stats, seed=config.seed, **options)
+    clusters, moves = match_reference(module, view, seed=config.seed, **options)
+    z_nk = latents(module, view, config.norm, stats, moves, seed=config.seed, **options)
     trained = {
         "n_cells": view.n_obs,
         "epochs": state.epoch,
@@ -164,7 +166,7 @@ def _train(
         "best_epoch": state.stopping.best_epoch,
         "loss": state.stopping.best,
     }
-    _write(location, view, module, stats, z_nk, state, trained, fingerprint, config)
+    _write(location, view, module, stats, clusters, z_nk, state, trained, fingerprint, config)
     journal.remove()
     cells = (state.epoch - before) * len(loader) * min(config.minibatch_size, view.n_obs)
     return _result(location, trained, cells / seconds, time.monotonic() - begun)
@@ -188,6 +190,7 @@ def _write(
     view: Collection,
     module: Scalex,
     stats: NormStats,
+    clusters: Clusters,
     z_nk: np.ndarray,
     state: State,
     trained: dict[str, Any],
@@ -199,7 +202,7 @@ def _write(
     rows = [",".join(names)] + [",".join(repr(row[name]) for name in names) for row in state.history]
     history = ("\n".join(rows) + "\n").encode()
     location.write("history.csv", history)
-    digest, described = save_weights(location, module, view.scale_bg, stats)
+    digest, described = save_weights(location, module, view.scale_bg, stats, clusters)
     uns = {"streamx": {"model": digest, "norm": config.norm, "batch_key": view.batch_key}}
     write_latents(location.path("reference.zarr"), view.obs, {"X_scalex": z_nk}, uns)
     card = {
