@@ -42,6 +42,18 @@ def test_default_is_scalex_5nn():
     assert (ours.voters.index.method, ours.voters.recall) == ("exact", 1.0)
 
 
+def test_vote_equals_sklearn_on_real_cells(fixtures_dir):
+    """3,500 blood cells of three donors, 30 principal components; the donor stands in for a label."""
+    folder = fixtures_dir / "golden"
+    points = pd.read_csv(folder / "harmonypy_pbmc_3500_pcs.tsv.gz", sep="\t").to_numpy(dtype=np.float64)
+    donors = pd.read_csv(folder / "harmonypy_pbmc_3500_meta.tsv.gz", sep="\t")["donor"]
+    query = np.arange(len(points)) % 3 == 0
+    ours = transfer_labels(points[~query], donors[~query], points[query], probabilities=True)
+    theirs = KNeighborsClassifier().fit(points[~query], donors[~query])
+    np.testing.assert_array_equal(ours.labels_n, theirs.predict(points[query]))
+    np.testing.assert_allclose(ours.probabilities_nl, theirs.predict_proba(points[query]), atol=1e-7)
+
+
 def test_ties_go_to_the_first_label_in_sorted_order():
     reference = np.array([[1.0], [-1.0], [2.0], [-2.0]])
     for labels in (["b", "a", "a", "b"], ["a", "b", "b", "a"]):

@@ -57,21 +57,28 @@ def _local_scales(distances_nj: np.ndarray, steps: int = 64) -> tuple[np.ndarray
     return rho, np.maximum(sigma, np.maximum(floor, np.finfo(np.float64).tiny))
 
 
-def leiden(graph: Any, resolution: float = 1.0, seed: int = 0, n_iterations: int = 2) -> np.ndarray:
-    """Leiden clusters of a symmetric weighted graph: modularity, igraph, as scanpy's ``flavor="igraph"``.
-
-    igraph has one generator for the process; it gets ours for this call, then Python's own again.
-    """
+def as_network(graph: Any) -> Any:
+    """A symmetric weighted graph for igraph: each edge once, its weight beside it."""
     import igraph
     from scipy.sparse import triu
 
     upper = triu(graph, k=1).tocoo()
-    network = igraph.Graph(n=graph.shape[0], edges=np.column_stack([upper.row, upper.col]), directed=False)
+    edges = np.column_stack([upper.row, upper.col]).astype(np.int64)  # as igraph reads without copying each
+    return igraph.Graph(n=graph.shape[0], edges=edges, edge_attrs={"weight": upper.data})
+
+
+def leiden(network: Any, resolution: float = 1.0, seed: int = 0, n_iterations: int = 2) -> np.ndarray:
+    """Leiden clusters of a network by modularity, as scanpy's ``flavor="igraph"``.
+
+    igraph has one generator for the process; it gets ours for this call, then Python's own again.
+    """
+    import igraph
+
     igraph.set_random_number_generator(random.Random(seed))
     try:
         found = network.community_leiden(
             objective_function="modularity",
-            weights=upper.data,
+            weights="weight",
             resolution=resolution,
             n_iterations=n_iterations,
         )
@@ -92,10 +99,11 @@ def cluster_agreement(
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
+    network = as_network(graph)
     tried = RESOLUTIONS if resolution == "best" else (float(resolution),)
     best: dict[str, float] = {"nmi": -1.0}
     for value in tried:
-        clusters = leiden(graph, value, seed)
+        clusters = leiden(network, value, seed)
         nmi = float(normalized_mutual_info_score(codes_n, clusters))
         if nmi > best["nmi"]:
             ari = float(adjusted_rand_score(codes_n, clusters))

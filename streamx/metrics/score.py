@@ -33,7 +33,7 @@ LABEL_METRICS = (
     "nmi",
     "ari",
 )
-SAMPLED_SILHOUETTES, SAMPLED_PER_LABEL = 4000, 500
+SAMPLED_SILHOUETTES, SAMPLED_PER_LABEL = 2000, 500
 CLUSTERED_SAMPLES = 5  # of max_cells / 4 each: their spread is the interval of a clustering metric
 
 
