@@ -57,8 +57,13 @@ def _local_scales(distances_nj: np.ndarray, steps: int = 64) -> tuple[np.ndarray
     return rho, np.maximum(sigma, np.maximum(floor, np.finfo(np.float64).tiny))
 
 
-def as_network(graph: Any) -> Any:
-    """A symmetric weighted graph for igraph: each edge once, its weight beside it."""
+def leiden(graph: Any, resolution: float = 1.0, seed: int = 0, n_iterations: int = 2) -> np.ndarray:
+    """Leiden clusters of a symmetric weighted sparse graph by modularity, as scanpy's ``flavor="igraph"``."""
+    return _communities(_network(graph), resolution, seed, n_iterations)
+
+
+def _network(graph: Any) -> Any:
+    """The graph for igraph: each edge once, its weight beside it."""
     import igraph
     from scipy.sparse import triu
 
@@ -67,11 +72,8 @@ def as_network(graph: Any) -> Any:
     return igraph.Graph(n=graph.shape[0], edges=edges, edge_attrs={"weight": upper.data})
 
 
-def leiden(network: Any, resolution: float = 1.0, seed: int = 0, n_iterations: int = 2) -> np.ndarray:
-    """Leiden clusters of a network by modularity, as scanpy's ``flavor="igraph"``.
-
-    igraph has one generator for the process; it gets ours for this call, then Python's own again.
-    """
+def _communities(network: Any, resolution: float, seed: int, n_iterations: int = 2) -> np.ndarray:
+    """igraph has one generator for the process; it gets ours for this call, then Python's own again."""
     import igraph
 
     igraph.set_random_number_generator(random.Random(seed))
@@ -99,11 +101,11 @@ def cluster_agreement(
     """
     from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 
-    network = as_network(graph)
+    network = _network(graph)
     tried = RESOLUTIONS if resolution == "best" else (float(resolution),)
     best: dict[str, float] = {"nmi": -1.0}
     for value in tried:
-        clusters = leiden(network, value, seed)
+        clusters = _communities(network, value, seed)
         nmi = float(normalized_mutual_info_score(codes_n, clusters))
         if nmi > best["nmi"]:
             ari = float(adjusted_rand_score(codes_n, clusters))

@@ -126,13 +126,12 @@ def test_leiden_is_seeded_and_gives_the_generator_back(space):
     latent, _, _ = space
     found = nearest(latent, n_neighbors=14)
     graph = clusters.fuzzy_graph(found.indices_nm, found.distances_nm)
-    network = clusters.as_network(graph)
     assert abs(graph - graph.T).max() == 0
     assert 0 < graph.data.min() <= graph.data.max() <= 1
-    np.testing.assert_array_equal(clusters.leiden(network, seed=3), clusters.leiden(network, seed=3))
+    np.testing.assert_array_equal(clusters.leiden(graph, seed=3), clusters.leiden(graph, seed=3))
     random.seed(1)
     first = igraph.Graph.Erdos_Renyi(30, 0.2).get_edgelist()
-    clusters.leiden(network, seed=3)
+    clusters.leiden(graph, seed=3)
     random.seed(1)
     assert igraph.Graph.Erdos_Renyi(30, 0.2).get_edgelist() == first
 
