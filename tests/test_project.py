@@ -144,7 +144,7 @@ def test_small_batches_take_the_reference_statistics(
     np.testing.assert_allclose(got, expected(model, cells, "domain", "query", batch, small=(1,)), atol=2e-5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        mapped(model, cells, tmp_path / "running", min_query_cells=100)
+        mapped(model, cells, tmp_path / "running", norm="running", min_query_cells=100)
 
 
 def test_what_is_written(model: Model, cells: anndata.AnnData, tmp_path: Path) -> None:
@@ -168,7 +168,7 @@ def test_what_is_written(model: Model, cells: anndata.AnnData, tmp_path: Path) -
     assert np.isnan(adata.obsm["X_scalex"][failed]).all()
     assert np.isfinite(adata.obsm["X_scalex"][~failed]).all()
     assert adata.uns["streamx"]["model"] == model.id
-    assert adata.uns["streamx"]["norm"] == "running"
+    assert adata.uns["streamx"]["norm"] == "matched"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["q.zarr"]
 
 
@@ -181,7 +181,7 @@ def test_filtered_cells_can_be_left_out(model: Model, cells: anndata.AnnData, tm
 
 def test_cells_that_fail_affect_nothing(model: Model, cells: anndata.AnnData, tmp_path: Path) -> None:
     good = np.arange(240) % 10 != 0
-    for norm in ("running", "domain"):
+    for norm in ("running", "domain", "matched"):
         everything = mapped(model, cells, tmp_path / f"{norm}1", norm=norm, scale="query")
         alone = mapped(model, cells[good].copy(), tmp_path / f"{norm}2", norm=norm, scale="query")
         np.testing.assert_allclose(everything[good], alone, atol=1e-6)
@@ -219,7 +219,7 @@ def test_missing_genes_are_zero_and_reported(model: Model, cells: anndata.AnnDat
         project(model, {"q": mouse}, tmp_path / "4", **QUIET)
 
 
-@pytest.mark.parametrize("norm", ["running", "domain"])
+@pytest.mark.parametrize("norm", ["running", "domain", "matched"])
 def test_several_files_as_one_query(model: Model, cells: anndata.AnnData, tmp_path: Path, norm: str) -> None:
     for name, rows in (("a", slice(0, 100)), ("b", slice(100, 101)), ("c", slice(101, 240))):
         cells[rows].copy().write_h5ad(tmp_path / f"{name}.h5ad")
@@ -260,7 +260,7 @@ def test_the_name_of_a_batch_never_stands_for_one_of_the_reference(
 ) -> None:
     other = cells.copy()
     other.obs["batch"] = [f"new_{name}" for name in other.obs["batch"]]
-    for norm in ("running", "domain"):
+    for norm in ("running", "domain", "matched"):
         for scale in ("reference", "query"):
             settings: dict[str, Any] = {"norm": norm, "scale": scale, "batch_key": "batch"}
             a = mapped(model, cells, tmp_path / f"{norm}{scale}1", **settings)
@@ -282,7 +282,7 @@ def test_run_again(
     assert again[0] | {"status": "done"} == first[0]
     assert all(p.read_bytes() == data for p, data in before.items())
     assert project(model, files, out, memory="1GB", **QUIET)[1]["status"] == "skipped"
-    with pytest.raises(SettingsChangedError, match=r"another settings\.norm: \"running\" -> \"domain\""):
+    with pytest.raises(SettingsChangedError, match=r"another settings\.norm: \"matched\" -> \"domain\""):
         project(model, files, out, norm="domain", **QUIET)
     cells[:98].copy().write_h5ad(tmp_path / "two.h5ad")
     with pytest.raises(SettingsChangedError, match=r"another inputs\.two"):
@@ -384,9 +384,13 @@ def test_a_checkpoint_of_scalex(model: Model, cells: anndata.AnnData, tmp_path: 
     write_checkpoint(tmp_path / "scalex" / "checkpoint", model.module, list(model.genes))
     with pytest.raises(UsageError, match="--scale query"):
         project(tmp_path / "scalex", {"q": cells}, tmp_path / "out", min_features=5, **QUIET)
-    project(tmp_path / "scalex", {"q": cells}, tmp_path / "out", min_features=5, scale="query", **QUIET)
-    ours = mapped(model, cells, tmp_path / "ours", scale="query")
-    assert np.array_equal(read(tmp_path / "out").obsm["X_scalex"], ours, equal_nan=True)
+    with pytest.raises(UsageError, match="--norm minibatch"):
+        project(tmp_path / "scalex", {"q": cells}, tmp_path / "out", scale="query", norm="matched", **QUIET)
+    for norm, ours in (("running", "running"), ("domain", "domain"), (None, "minibatch")):
+        out = tmp_path / str(norm)
+        project(tmp_path / "scalex", {"q": cells}, out, min_features=5, scale="query", norm=norm, **QUIET)
+        same = mapped(model, cells, tmp_path / f"ours-{ours}", scale="query", norm=ours)
+        assert np.array_equal(read(out).obsm["X_scalex"], same, equal_nan=True)
 
 
 def test_the_report_is_json(model: Model, cells: anndata.AnnData, tmp_path: Path) -> None:
