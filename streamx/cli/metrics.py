@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from streamx.cli.show import columns, number, table
 from streamx.cli.verb import Result, Verb, add_settings, given
 from streamx.config import MetricsConfig
 
@@ -20,10 +21,25 @@ def run(args: argparse.Namespace) -> Result:
     return dict(sx.metrics(args.model, args.output, **given(args, MetricsConfig)))
 
 
+def show(result: Result) -> str:
+    """A line per metric: value, 95 % interval where it was sampled, cells that it rests on."""
+    details = result["details"]
+    rows = []
+    for name, value in result.items():
+        if name not in details:
+            continue
+        how = details[name]
+        interval = " to ".join(number(limit) for limit in how["ci95"]) if how.get("ci95") else ""
+        rows.append({"metric": name, "value": value, "95 % interval": interval, "cells": how.get("n")})
+    rest = {key: value for key, value in result.items() if key not in details and key != "details"}
+    return f"{table(rows)}\n{columns(rest)}"
+
+
 VERB = Verb(
     name="metrics",
     help="measure mixing of batches and separation of labels in the latent",
     example="  streamx metrics model mapped --label-key cell_type --truth-key cell_type",
     add_arguments=add_arguments,
     run=run,
+    show=show,
 )

@@ -50,7 +50,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
     names = list(rows[0])
     cells = [names, *([number(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    right = [all(isinstance(row.get(name), int | float) for row in rows) for name in names]
+    right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
 
     def line(texts: list[str]) -> str:
         padded = (t.rjust(w) if r else t.ljust(w) for t, w, r in zip(texts, widths, right, strict=True))

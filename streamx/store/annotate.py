@@ -8,13 +8,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
+import zarr
 
 from streamx.errors import BadFileError, InputError, UsageError, warn
+from streamx.store.amend import amend
 from streamx.store.cells import NAME, as_categorical_or_number, rename_columns
 from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_frame
-from streamx.store.frame import obs_schema
+from streamx.store.frame import column_names, obs_schema, read_column
 from streamx.store.journal import Journal
 from streamx.store.location import Location, describe, open_location
 from streamx.store.manifest import commit, expected_objects, read_generation, sweep
@@ -89,6 +92,59 @@ def join_by_name(
     nullable = {"i": "Int64", "u": "Int64", "b": "boolean"}  # else a missing cell makes floats of integers
     dtypes = {name: nullable[dtype.kind] for name, dtype in table.dtypes.items() if dtype.kind in nullable}
     return table.astype(dtypes).reindex(names)
+
+
+def annotate(place: str | Path, table: str | Path | pd.DataFrame) -> dict[str, Any]:
+    """Join the columns of a table to cells by name: of a store, of mapped queries, or of a model's reference.
+
+    Parameters
+    ----------
+    place
+        A store (see :func:`annotate_store`), or a folder that ``project`` or ``train`` wrote, whose
+        ``*.zarr`` get the columns.
+    table
+        csv or tsv file with cell names in its first column, or a data frame indexed by them.
+
+    Returns
+    -------
+    dict
+        ``n_cells`` that the table names, and ``columns``; of a store also its new ``generation``.
+
+    Raises
+    ------
+    InputError
+        If the table names none of the cells.
+    """
+    root = Path(place)
+    files = sorted(file for file in root.glob("*.zarr") if not file.name.startswith("."))
+    if (root / "streamx.json").exists() or not files:
+        return annotate_store(place, table)
+    return _annotate_latents(files, table)
+
+
+def _annotate_latents(files: list[Path], table: str | Path | pd.DataFrame) -> dict[str, Any]:
+    """Columns for cells with latents; one table may name cells of all files."""
+    frame, where = read_table(table), "table" if isinstance(table, pd.DataFrame) else str(table)
+    frame = rename_columns(frame, {}, where)
+    groups: list[Any] = [
+        zarr.open_group(file, mode="r", zarr_format=3, use_consolidated=False)["obs"] for file in files
+    ]
+    for name in sorted(set(frame.columns) & {column for group in groups for column in column_names(group)}):
+        warn(f"obs column {name!r} is replaced, also where the table is silent", where=where)
+    names = [np.asarray(group[group.attrs["_index"]][:]).astype(object) for group in groups]
+    originals = [
+        read_column(group, NAME).to_numpy(dtype=object) if NAME in column_names(group) else own
+        for group, own in zip(groups, names, strict=True)
+    ]
+    everyone = pd.Index(np.concatenate(names))
+    joined = join_by_name(frame, everyone, pd.Series(np.concatenate(originals)), where)
+    columns = {str(name): as_categorical_or_number(joined[name]) for name in joined.columns}
+    start = 0
+    for file, own in zip(files, names, strict=True):
+        rows = slice(start, start + len(own))
+        amend(file, {name: pd.Series(column).iloc[rows] for name, column in columns.items()})
+        start += len(own)
+    return {"n_cells": int(joined.notna().any(axis=1).sum()), "columns": list(columns)}
 
 
 def annotate_store(place: str | Path | Location, table: str | Path | pd.DataFrame) -> dict[str, Any]:
