@@ -50,8 +50,8 @@ def main() -> None:
 
     found = sx.transfer(out / "model", out / "mapped", label_key="cell_type", truth_key="cell_type")
     print(f"labels: accuracy {found['accuracy']:.3f}, balanced {found['balanced_accuracy']:.3f}")
-    for name, value in sx.metrics(out / "model", out / "mapped", label_key="cell_type").items():
-        print(f"{name}: {value}")
+    scores = sx.metrics(out / "model", out / "mapped", label_key="cell_type")
+    print(*(f"{name} {scores[name]:.3f}" for name in scores["details"]), sep="\n")
     print("figures:", *draw(out / "model", out / "mapped", out / "figures", label_key="cell_type"))
 
 
