@@ -75,7 +75,7 @@ def test_one_type_stays_itself_and_loses_its_batch_effect(model: Scalex) -> None
         "domain": latent(model, query, stats.mean_bh[0], stats.var_bh[0]),
     }
     distance = {name: float(np.linalg.norm(z.mean(0) - home)) for name, z in away.items()}
-    assert distance["matched"] < distance["running"] < distance["domain"], distance
+    assert distance["matched"] < min(distance["running"], distance["domain"]), distance
 
 
 def test_few_cells_hardly_move(model: Scalex) -> None:
