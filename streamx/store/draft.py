@@ -6,7 +6,6 @@ anndata could write it, but then chunks, shards and dtypes would follow its vers
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from streamx.store.layout import (
     OBSM_ROWS_PER_CHUNK,
     OBSM_ROWS_PER_SHARD,
     column_codecs,
+    expect_warnings,
 )
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Draft:
     def __init__(self) -> None:
         from zarr.storage import MemoryStore
 
+        expect_warnings()
         self._buffers: dict[str, Any] = {}
         self.store = MemoryStore(store_dict=self._buffers)
 
@@ -59,19 +60,17 @@ class Draft:
 
         if "chunks" not in codecs:
             codecs = column_codecs() | _geometry(shape)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # zarr: strings and delta are not in the v3 core specification
-            return zarr.create_array(
-                self.store,
-                name=path,
-                shape=shape,
-                dtype=dtype,
-                zarr_format=3,
-                fill_value="" if dtype is str else 0,
-                config={"write_empty_chunks": True},
-                attributes=dict(attributes or {"encoding-type": "array", "encoding-version": "0.2.0"}),
-                **codecs,
-            )
+        return zarr.create_array(
+            self.store,
+            name=path,
+            shape=shape,
+            dtype=dtype,
+            zarr_format=3,
+            fill_value="" if dtype is str else 0,
+            config={"write_empty_chunks": True},
+            attributes=dict(attributes or {"encoding-type": "array", "encoding-version": "0.2.0"}),
+            **codecs,
+        )
 
     def strings(self, path: str, values: Any) -> None:
         values = np.asarray(values, dtype=object)
@@ -81,8 +80,8 @@ class Draft:
             array[...] = values.astype(np.dtypes.StringDType())
 
     def take(self) -> Objects:
-        """The objects drafted since the last call, and forget their chunks."""
-        found = {key: bytes(buffer.to_bytes()) for key, buffer in self._buffers.items()}
+        """The objects drafted since the last call, sorted (zarr's threads are not), and forget their chunks."""
+        found = {key: bytes(self._buffers[key].to_bytes()) for key in sorted(self._buffers)}
         for key in [key for key in self._buffers if not key.endswith("zarr.json")]:
             del self._buffers[key]
         return found

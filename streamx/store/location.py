@@ -109,9 +109,13 @@ class Location:
     def delete(self, key: str) -> None:
         self.path(key).unlink(missing_ok=True)
 
-    def delete_tree(self, prefix: str = "") -> None:
-        """Delete all objects below a prefix; without one, the root too."""
-        shutil.rmtree(self.path(prefix) if prefix else self.root, ignore_errors=True)
+    def delete_tree(self, prefix: str) -> None:
+        """Delete the object of this name, or all below it."""
+        path = self.path(prefix)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
     def list(self, prefix: str = "") -> list[str]:
         """Keys of all objects below a prefix, sorted."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from streamx.errors import IntegrityError, StreamxError, UsageError
 from streamx.store.frame import Group
+from streamx.store.layout import expect_warnings
 from streamx.store.location import Location, ObjectTable
 
 
@@ -68,6 +69,7 @@ def integrity(where: str) -> Iterator[None]:
 def open_group(location: Location, path: str, expected: ObjectTable) -> Group:
     import zarr
 
+    expect_warnings()
     with integrity(f"{location}/{path}"):
         return zarr.open_group(location.zarr(path, expected), mode="r", zarr_format=3)
 
