@@ -15,6 +15,7 @@ from streamx.errors import UsageError
 from streamx.labels import encode_labels
 from streamx.mapping import LATENT, Cells, batches_of, read_queries, read_reference
 from streamx.plots import confusion, embedding, history, meta, meta2, umap
+from streamx.plots.style import palette
 
 BATCH, ORIGIN, REFERENCE = "batch", "origin", "reference"
 
@@ -82,11 +83,34 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
         threads=config.threads,
     )
     for color in colors:
-        groupby = ORIGIN if queries and color != BATCH else None
-        embedding(cells, color, groupby=groupby, save=path(f"umap_{color}"), show=False)
+        groups = _origins_with(cells, color) if queries and color != BATCH else None
+        embedding(
+            cells,
+            color,
+            color_map=_label_colors(cells, config.label_key, color),
+            groupby=ORIGIN if groups else None,
+            groups=groups,
+            save=path(f"umap_{color}"),
+            show=False,
+        )
     if config.label_key is not None:
         _draw_labels(cells, config.label_key, queries, path)
     return paths
+
+
+def _origins_with(cells: Drawn, color: str) -> list[str]:
+    """The reference and those queries that say anything in this column: a panel each."""
+    known = cells.obs[color].notna() & (cells.obs[color].astype(str) != "")
+    return list(cells.obs.loc[known, ORIGIN].unique())
+
+
+def _label_colors(cells: Drawn, key: str | None, color: str) -> dict[str, str] | None:
+    """Labels have the same colours whether given or predicted; other columns have their own."""
+    columns = [name for name in (key, f"{key}_pred") if name in cells.obs]
+    if color not in columns:
+        return None
+    names = {name for column in columns for name in encode_labels(cells.obs[column], ("",)).names}
+    return palette(sorted(names))
 
 
 def _draw_labels(cells: Drawn, key: str, queries: Sequence[Cells], path: Any) -> None:

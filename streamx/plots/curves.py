@@ -64,13 +64,14 @@ def history(
             x = table[steps] if steps is not None else np.arange(1, len(y) + 1)
             axes.plot(x, y, color=style.BASE_COLORS[0], linewidth=1.4)
             axes.plot(x[best], y[best], "o", color=style.BASE_COLORS[3], markersize=4)
+            late, falling = best > len(y) / 2, y[max(best - len(y) // 8, 0)] > y[best]
             axes.annotate(
                 f"{y[best]:.4g}",
                 (x[best], y[best]),
-                xytext=(-4 if best > len(y) / 2 else 6, 6),
+                xytext=(-4 if late else 6, -11 if late and falling else 6),  # beside the curve
                 textcoords="offset points",
                 fontsize=8,
-                ha="right" if best > len(y) / 2 else "left",
+                ha="right" if late else "left",
             )
             axes.set_title(name.replace("_", " "))
             axes.set_xlabel(steps or "epoch")

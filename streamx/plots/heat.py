@@ -30,14 +30,13 @@ def heat_map(
     bar: str = "",
     on_screen: bool = False,
 ) -> Figure:
-    """One heat map; NaN stays white. `names` are those of the row and of the column axis."""
+    """One heat map, at most of `figsize` inches; NaN stays white. `names` are the axes' (rows, columns)."""
     longest = max((len(name) for name in (*rows, *columns)), default=1)
     rim = 0.9 + 0.011 * fontsize * longest
-    cell = 0.42 if annot else max(0.16, 0.024 * fontsize)
-    width, height = figsize or (
-        min(14, max(2.2, cell * len(columns)) + rim + 0.6),
-        min(14, max(2.0, cell * len(rows)) + rim),
-    )
+    cell = 0.42 if annot or figsize else max(0.16, 0.024 * fontsize)
+    widest, highest = figsize or (14, 14)
+    width = min(widest, max(2.2, cell * len(columns)) + rim + 0.6)
+    height = min(highest, max(2.0, cell * len(rows)) + rim)
     figure = style.new_figure(width, height, on_screen)
     axes = figure.subplots()
     image = axes.imshow(

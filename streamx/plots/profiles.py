@@ -48,6 +48,8 @@ def meta(
         One colour per batch, in sorted order.
     mask
         Draw the lower triangle (with the diagonal) only.
+    figsize
+        Inches, at most; few pairs make a smaller figure.
     """
     import matplotlib
 
@@ -106,6 +108,8 @@ def meta2(
         The two (default: the first two, sorted).
     color_map
         Colour per category for its name.
+    figsize
+        Inches, at most; few categories make a smaller figure.
     keep
         Show every category on both sides; where a batch lacks it, the correlation is 0.
     """
