@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from streamx.errors import IntegrityError, UsageError
+from streamx.store.chunks import Values, open_values
 from streamx.store.frame import Group, cast, column_names, missing, read_column, read_frame
 from streamx.store.genes import unpack_mask
 from streamx.store.location import RESTORE, Location, ObjectTable, describe, open_location
@@ -370,6 +371,20 @@ class Collection:
     def _indptr(self) -> dict[int, np.ndarray]:
         return {}
 
+    @cached_property
+    def _arrays(self) -> dict[tuple[int, str], Values | None]:
+        return {}
+
+    def _values(self, shard: int, name: str, values: slice) -> np.ndarray:
+        """Some of a shard's indices or data: chunk by chunk, or by zarr where the layout is not ours."""
+        if (shard, name) not in self._arrays:
+            path, expected = self._shard_paths[shard]
+            self._arrays[shard, name] = open_values(self.location, f"{path}/X/{name}", expected)
+        array = self._arrays[shard, name]
+        if array is None:
+            return np.asarray(self._group(shard)[f"X/{name}"][values])
+        return array.read(values.start, values.stop)
+
     def _group(self, shard: int) -> Group:
         if shard not in self._groups:
             path, expected = self._shard_paths[shard]
@@ -401,8 +416,7 @@ class Collection:
             if indptr is None:
                 indptr = self._indptr[read.shard] = np.asarray(group["X/indptr"][:], dtype=np.int64)
             values = slice(int(indptr[read.start]), int(indptr[read.stop]))
-            indices = np.asarray(group["X/indices"][values])
-            data = np.asarray(group["X/data"][values])
+            indices, data = (self._values(read.shard, name, values) for name in ("indices", "data"))
         return indptr[read.start : read.stop + 1] - values.start, indices, data
 
 
