@@ -19,9 +19,8 @@ import argparse
 import os
 from pathlib import Path
 
-from streamx.figures import draw
-
 import streamx as sx
+from streamx.figures import draw
 
 parser = argparse.ArgumentParser()
 parser.add_argument("folders", nargs="*", default=[f"{os.environ.get('STREAMX_DATA', 'data')}/pbmc"])
