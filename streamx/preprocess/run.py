@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from streamx.config import PreprocessConfig, build, parse_bytes
-from streamx.errors import UsageError
+from streamx.errors import UsageError, warn
 from streamx.preprocess.cells import chosen_cells
 from streamx.preprocess.drift import statistics_to_keep
 from streamx.preprocess.features import select_features
@@ -116,6 +116,8 @@ def _plan(
             where=str(store.path),
             fix=f"one of: {', '.join(store.modalities) or 'none; convert carries those named by --obsm'}",
         )
+    if config.obsm is None:
+        _warn_of_the_wrong_values(store, config)
     memory, threads = parse_bytes(config.memory), thread_count(config.threads)
     rows = rows_of(store, config.obsm)
     names = list(store.var_names) if config.obsm is None else list(store.modalities[config.obsm]["names"])
@@ -155,6 +157,23 @@ def _plan(
         "%d cells, %d features, %d batches", len(layout.row_n), len(selection.names), len(layout.batches)
     )
     return content, slabs
+
+
+def _warn_of_the_wrong_values(store: Collection, config: PreprocessConfig) -> None:
+    """Normalised values taken for counts, or the reverse: the result would look right and be wrong."""
+    counts = store.read(0, min(1, store.n_obs), dtype="stored").dtype.kind in "ui"
+    if config.processed and counts:
+        warn(
+            "processed is said, but the values are counts: they are neither normalised nor filtered",
+            where=str(store.path),
+            fix="leave --processed out",
+        )
+    if not config.processed and not counts:
+        warn(
+            "the values are no counts (the store was made with --allow-float), and are normalised all the same",
+            where=str(store.path),
+            fix="--processed, if they are normalised already; or convert the counts (--layer)",
+        )
 
 
 def _rows_of(from_store: np.ndarray, n_batches: int) -> np.ndarray:

@@ -104,6 +104,33 @@ def test_updating_twice_is_updating_once(tmp_path: Path) -> None:
     assert digest(tmp_path / "view") == once
 
 
+@pytest.mark.parametrize("fails_at", [3, 6, 12])
+def test_interrupted_update_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
+) -> None:
+    from streamx.store.location import Location
+
+    before = preprocess(two_parts(tmp_path), tmp_path / "view", **SETTINGS)
+    shutil.copytree(tmp_path / "view", tmp_path / "whole")
+    append(tmp_path)
+    update_view(tmp_path / "whole")
+    done, write = [0], Location.write
+
+    def dies(self: Location, key: str, *data: Any) -> None:
+        done[0] += 1
+        if done[0] == fails_at:
+            raise KeyboardInterrupt
+        write(self, key, *data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Location, "write", dies)
+        with pytest.raises(KeyboardInterrupt):
+            update_view(tmp_path / "view")
+    assert sx.open(tmp_path / "view").n_obs == before.n_obs  # readers see the former generation
+    update_view(tmp_path / "view")
+    assert digest(tmp_path / "view") == digest(tmp_path / "whole")
+
+
 def test_update_does_not_depend_on_memory_or_threads(tmp_path: Path) -> None:
     preprocess(two_parts(tmp_path), tmp_path / "a", **SETTINGS)
     shutil.copytree(tmp_path / "a", tmp_path / "b")

@@ -284,6 +284,15 @@ def test_processed_values_are_scaled_only(tmp_path: Path) -> None:
     np.testing.assert_allclose(transformed(view), expected, rtol=1e-6)
 
 
+def test_counts_and_normalised_values_are_told_apart(store: Collection, tmp_path: Path) -> None:
+    with pytest.warns(StreamxWarning, match="the values are counts"):
+        preprocess(store, tmp_path / "a", processed=True, threads=1)
+    adata = scanpy_normal(counts(6, n_cells=200, n_genes=60))
+    floats = convert([adata], tmp_path / "floats", batch_key="batch", allow_float=True, threads=1)
+    with pytest.warns(StreamxWarning, match="the values are no counts"):
+        preprocess(floats, tmp_path / "b", min_features=1, n_top_features=20, threads=1)
+
+
 def peaks() -> anndata.AnnData:
     rng = np.random.default_rng(8)
     openness = rng.beta(0.4, 1.2, 300)
