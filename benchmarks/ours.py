@@ -88,8 +88,7 @@ def main() -> None:
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
     (out / "run.json").write_text(json.dumps(result, indent=1))
-    for folder in ("store", "view"):
-        shutil.rmtree(out / folder)
+    shutil.rmtree(out / "store")
 
 
 if __name__ == "__main__":

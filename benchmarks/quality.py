@@ -6,8 +6,8 @@
 Every run is printed as one JSON line on stdout and appended to ``results/quality.jsonl``; a table and the
 pass criteria follow. SCALEX needs the extra ``peer`` (or ``--peer-python`` of an environment that has it).
 A row that was computed before with the same data, settings and versions is not computed again, and says
-``cached``; for streamx "version" means the source files that make latents. Every run is a process of its own
-with one thread.
+``cached``; for streamx "version" means the source files that compute latents. Every run is a process of its
+own with one thread.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ METHODS = ("PCA", "SCALEX", "streamx")
 SCALEX_VERSION = "1.0.4"
 ITERATIONS = 30_000  # SCALEX's own default, and streamx's
 # Parts of streamx that no latent passes through.
-BYSTANDERS = ("cli", "demo", "figures.py", "integrate", "interop", "labels.py", "mapping.py", "metrics")
-BYSTANDERS += ("neighbors", "plots", "transfer.py")
+BYSTANDERS = ("cli", "demo", "errors.py", "figures.py", "integrate", "interop", "labels.py", "mapping.py")
+BYSTANDERS += ("metrics", "neighbors", "plots", "store", "threads.py", "transfer.py")
 
 
 def source_crc() -> str:

@@ -59,6 +59,15 @@ SETS = {
         PBMC_QUERIES,
     ),
 }
+# The comparison of norms has one more: four CEL-seq2 plates as the reference, Drop-seq as the query.
+CELLBENCH = BenchSet(
+    "cellbench_map",
+    "map",
+    ("cellbench_5batch.h5ad",),
+    "batch",
+    ("sc_celseq2", "sc_celseq2_5cl_p1", "sc_celseq2_5cl_p2", "sc_celseq2_5cl_p3"),
+    ("sc_dropseq",),
+)
 
 
 def data_dir() -> Path:
