@@ -15,6 +15,7 @@ SHOWN = {  # of each verb's result, what is worth a line here
     "convert": ("n_cells", "n_genes", "n_batches", "bytes_per_cell"),
     "preprocess": ("n_cells", "n_genes"),
     "train": ("epochs", "steps", "loss", "cells_per_second"),
+    "project": ("name", "n_cells", "n_passed", "gene_overlap"),
     "transfer": ("accuracy", "balanced_accuracy", "macro_f1", "n_unknown", "knn_recall"),
     "metrics": ("batch_entropy_mixing", "ilisi", "same_batch", "asw_label", "nmi", "ari"),
 }
@@ -52,7 +53,8 @@ def run(args: argparse.Namespace) -> Result:
         print(f"$ streamx {line}", flush=True)
         verb = line.split(" ", 1)[0]
         results[verb] = invoke(line.split(" "))
-        facts = [f"{name} {number(results[verb][name])}" for name in SHOWN.get(verb, ())]
+        told = results[verb]["queries"][0] if verb == "project" else results[verb]
+        facts = [f"{name} {number(told[name])}" for name in SHOWN.get(verb, ())]
         if facts:
             print("  " + ", ".join(facts), flush=True)
     details = results["metrics"].pop("details")
