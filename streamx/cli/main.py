@@ -11,7 +11,6 @@ import contextlib
 import errno
 import logging
 import os
-import resource
 import signal
 import sys
 import threading
@@ -133,6 +132,8 @@ def peak_rss_bytes() -> int:
         with open("/proc/self/status") as status:
             return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
     except (OSError, StopIteration):
+        import resource  # not on every system
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else peak * 1024
 
