@@ -28,7 +28,7 @@ pin_threads()
 
 import anndata as ad  # noqa: E402
 import numpy as np  # noqa: E402
-from quality import ITERATIONS, commit, machine, run_apart, source_crc  # noqa: E402
+from quality import ITERATIONS, commit, machine, models_of, run_ours, source_crc  # noqa: E402
 from scoring import batch_entropy_mixing, label_scores, labelled, neighbours, vote  # noqa: E402
 from sets import CELLBENCH, SETS, BenchSet, write_inputs  # noqa: E402
 
@@ -52,13 +52,14 @@ FEWEST = 20  # cells of a type that are mapped alone
 SCORES = ("accuracy", "balanced_accuracy", "ebm")
 
 
-def train(bench: BenchSet, seed: int, args: argparse.Namespace) -> tuple[Path, dict[str, Path]]:
-    """Folder of the model, trained unless it is there, and the files it came from."""
+def train(bench: BenchSet, seed: int, args: argparse.Namespace) -> tuple[Path, Path, dict[str, Path]]:
+    """Folders of the view and the model, made unless they are there, and the files they came from."""
     paths = write_inputs(bench, args.work / "data" / bench.name)
-    out = args.work / "streamx" / f"{bench.name}-s{seed}-i{args.max_iteration}-{source_crc()}"
     key = {"method": "streamx", "set": bench.name, "seed": seed, "max_iteration": args.max_iteration}
-    run_apart(HERE / "ours.py", sys.executable, paths, key, out)
-    return out, paths
+    out = args.work / "streamx" / f"{bench.name}-s{seed}-i{args.max_iteration}-{source_crc()}"
+    run_ours(bench, paths, key, out, args)
+    folder = models_of(bench, args)
+    return folder / "view", folder / f"model-{seed}-i{args.max_iteration}", paths
 
 
 def mapped(model: Any, cells: ad.AnnData, norm: str, scale: str, least: int | None) -> np.ndarray:
@@ -72,10 +73,9 @@ def mapped(model: Any, cells: ad.AnnData, norm: str, scale: str, least: int | No
 
 
 def evaluate(
-    out: Path, paths: dict[str, Path], bench: BenchSet, norm: str, scale: str, least: int | None
+    view: Any, model: Any, paths: dict[str, Path], bench: BenchSet, norm: str, scale: str, least: int | None
 ) -> dict[str, Any]:
     """Scores per query: whole, and per type (cells, share right in the whole, share right alone)."""
-    model, view = load_model(out / "model"), sx.open(out / "view")
     reference = latents(model.module, view, norm, seed=model.card["settings"]["train"]["seed"])
     batches = view.obs_column("batch").to_numpy(dtype=str)
     labels = view.obs_column("cell_type").to_numpy(dtype=str)
@@ -140,12 +140,14 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--max-iteration", type=int, default=ITERATIONS)
-    parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "quality", help="models")
+    parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "quality")
+    parser.add_argument("--models", type=Path, help="use streamx's views and models of this folder")
     args = parser.parse_args()
     rows = []
     for case in args.cases:
         for seed in args.seeds:
-            out, paths = train(CASES[case], seed, args)
+            at, folder, paths = train(CASES[case], seed, args)
+            view, model = sx.open(at), load_model(folder)
             for norm, scale, least in WAYS:
                 row = {
                     "case": case,
@@ -157,7 +159,7 @@ def main() -> None:
                     "source_crc": source_crc(),
                     "commit": commit(),
                     "machine": machine(),
-                    "queries": evaluate(out, paths, CASES[case], norm, scale, least),
+                    "queries": evaluate(view, model, paths, CASES[case], norm, scale, least),
                 }
                 rows.append(row)
                 print(json.dumps(row), flush=True)

@@ -40,40 +40,64 @@ def save(path: Path, adata: ad.AnnData) -> None:
     )
 
 
+def reference_view(folder: Path, file: str, min_features: int, times: dict[str, Any]) -> Any:
+    """The view of the reference, made unless it is there."""
+    if not (folder / "view" / "streamx.json").exists():
+        start = clock()
+        store = sx.convert([file], folder / "store", batch_key="batch", threads=1)
+        times["convert"] = since(start)
+        start = clock()
+        sx.preprocess(store, folder / "view", min_features=min_features, threads=1)
+        times["preprocess"] = since(start)
+    return sx.open(folder / "view")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--reference", required=True)
     parser.add_argument("--query", action="append", default=[], help="NAME=FILE, any number of times")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-iteration", type=int, default=None)
+    parser.add_argument("--max-iteration", type=int, required=True)
     parser.add_argument("--min-features", type=int, default=1)
+    parser.add_argument("--models", required=True, help="folder of store, view and models of this data set")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
 
-    out = Path(args.out)
+    folder, out = Path(args.models), Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
+    model = folder / f"model-{args.seed}-i{args.max_iteration}"
     times: dict[str, Any] = {}
 
-    start = begun = clock()
-    store = sx.convert([args.reference], out / "store", batch_key="batch", threads=1)
-    times["convert"] = since(start)
+    begun = clock()
+    view = reference_view(folder, args.reference, args.min_features, times)
     start = clock()
-    view = sx.preprocess(store, out / "view", min_features=args.min_features, threads=1)
-    times["preprocess"] = since(start)
-    start = clock()
-    limit = {} if args.max_iteration is None else {"max_iteration": args.max_iteration}
-    trained = sx.train(view, out / "model", seed=args.seed, device="cpu", threads=1, progress=False, **limit)
+    trained = sx.train(
+        view,
+        model,
+        seed=args.seed,
+        max_iteration=args.max_iteration,
+        device="cpu",
+        threads=1,
+        progress=False,
+    )
     times["train"] = since(start)
     times["reference"] = since(begun)
-    reference = ad.read_zarr(out / "model" / "reference.zarr")
+    # a model that was there already keeps the times of the run that trained it
+    kept = model.with_name(f"{model.name}.times.json")
+    if kept.exists():
+        times = json.loads(kept.read_text())
+    else:
+        kept.write_text(json.dumps(times))
+    reference = ad.read_zarr(model / "reference.zarr")
     save(out / "reference.npz", reference)
 
     counts = {"reference": reference.n_obs}
     for item in args.query:
         name, _, path = item.partition("=")
         start = clock()
-        sx.project(out / "model", {name: path}, out / "mapped", device="cpu", threads=1)
+        sx.project(model, {name: path}, out / "mapped", device="cpu", threads=1, progress=False)
         times[f"project {name}"] = since(start)
         query = ad.read_zarr(out / "mapped" / f"{name}.zarr")
         counts[name] = query.n_obs
@@ -81,6 +105,7 @@ def main() -> None:
 
     result = {
         "steps": trained.steps,
+        "model": json.loads((model / "model.json").read_text())["id"],
         "n_genes": view.n_vars,
         "n_cells": counts,
         "times": times,
@@ -88,7 +113,6 @@ def main() -> None:
         "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
     }
     (out / "run.json").write_text(json.dumps(result, indent=1))
-    shutil.rmtree(out / "store")
 
 
 if __name__ == "__main__":

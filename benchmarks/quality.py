@@ -101,33 +101,47 @@ def find_cached(key: dict[str, Any]) -> dict[str, Any] | None:
     return next((row for row in reversed(rows) if row["key"] == key), None)
 
 
-def run_apart(
-    script: Path, python: str, paths: dict[str, Path], key: dict[str, Any], out: Path
-) -> dict[str, Any]:
+def run_apart(command: list[str], paths: dict[str, Path], key: dict[str, Any], out: Path) -> dict[str, Any]:
     """Run a method in its own process, unless its latents are there: its ``run.json``."""
     done = out / "run.json"
     if not done.exists():
-        command = [
-            python,
-            "-W",
-            "ignore",
-            str(script),
-            "--reference",
-            str(paths["reference"]),
-            "--out",
-            str(out),
-        ]
+        command = [*command, "--reference", str(paths["reference"]), "--out", str(out)]
         command += [f"--seed={key['seed']}", f"--max-iteration={key['max_iteration']}"]
         for name, path in paths.items():
             if name != "reference":
                 command += ["--query", f"{name}={path}"]
         out.mkdir(parents=True, exist_ok=True)
-        with open(out.with_suffix(".log"), "w") as log:
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT).returncode
+        log = out.with_name(f"{out.name}.log")
+        with open(log, "w") as file:
+            code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
         if code:
-            tail = out.with_suffix(".log").read_text()[-2000:]
+            tail = log.read_text()[-2000:]
             raise SystemExit(f"{key['method']} on {key['set']} ended with code {code}:\n{tail}")
     return json.loads(done.read_text())
+
+
+def run_scalex(
+    paths: dict[str, Path], key: dict[str, Any], out: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """SCALEX in the peer's environment, of the one version that the comparison is with."""
+    command = [args.peer_python, "-W", "ignore", str(HERE / "peers" / "scalex_peer.py")]
+    ran = run_apart(command, paths, key, out)
+    if ran["versions"]["scalex"] != SCALEX_VERSION:
+        raise SystemExit(f"scalex {ran['versions']['scalex']} is installed, not {SCALEX_VERSION}")
+    return ran
+
+
+def models_of(bench: BenchSet, args: argparse.Namespace) -> Path:
+    """Folder of streamx's store, view and models of a data set."""
+    return (args.models or args.work / "models" / source_crc()) / bench.name
+
+
+def run_ours(
+    bench: BenchSet, paths: dict[str, Path], key: dict[str, Any], out: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """streamx; models that are there already are used."""
+    command = [sys.executable, "-W", "ignore", str(HERE / "ours.py")]
+    return run_apart([*command, "--models", str(models_of(bench, args))], paths, key, out)
 
 
 def read_latents(out: Path, names: list[str]) -> dict[str, np.ndarray]:
@@ -167,24 +181,23 @@ def run(
         return cached | {"cached": True}
     paths = write_inputs(bench, args.work / "data" / bench.name)
     out = args.work / method / f"{bench.name}-s{seed}-i{iterations}"
-    if method == "streamx":
-        out = out.with_name(f"{out.name}-{key['source_crc']}")
     if method == "PCA":
         ran = run_pca(paths, out)
+    elif method == "SCALEX":
+        ran = run_scalex(paths, key, out, args)
     else:
-        script = HERE / ("ours.py" if method == "streamx" else "peers/scalex_peer.py")
-        python = sys.executable if method == "streamx" else args.peer_python
-        ran = run_apart(script, python, paths, key, out)
-    if method == "SCALEX" and ran["versions"]["scalex"] != SCALEX_VERSION:
-        raise SystemExit(
-            f"SCALEX {ran['versions']['scalex']} is installed; the comparison is with {SCALEX_VERSION}"
-        )
+        ran = run_ours(bench, paths, key, out.with_name(f"{out.name}-{key['source_crc']}"), args)
+        out = out.with_name(f"{out.name}-{key['source_crc']}")
     cells = read_latents(out, list(paths))
+    names = "\n".join(
+        sorted(f"{b} {n.removeprefix(b + ':')}" for b, n in zip(cells["batch"], cells["cell"], strict=True))
+    )
     return {
         "key": key,
         "commit": commit(),
         "machine": machine(),
         **ran,
+        "cells_crc": f"{zlib.crc32(names.encode()):08x}",
         "scores": score(cells["latent"], cells["batch"], cells["cell_type"], bench.queries),
         "cached": False,
     }
@@ -209,6 +222,7 @@ def main() -> int:
     parser.add_argument(
         "--work", type=Path, default=HERE.parent / "build" / "quality", help="latents, models"
     )
+    parser.add_argument("--models", type=Path, help="use streamx's views and models of this folder")
     parser.add_argument("--fresh", action="store_true", help="use no row that was computed before")
     args = parser.parse_args()
     pin_threads()
