@@ -20,7 +20,7 @@ from streamx.store.draft import Draft, draft_frame
 from streamx.store.frame import column_names, obs_schema, read_column
 from streamx.store.journal import Journal
 from streamx.store.location import Location, describe, open_location
-from streamx.store.manifest import commit, expected_objects, read_generation, sweep
+from streamx.store.manifest import commit, read_generation, sweep
 
 log = logging.getLogger("streamx")
 
@@ -174,9 +174,9 @@ def annotate_store(place: str | Path | Location, table: str | Path | pd.DataFram
     read_generation(location)  # nothing is made beside a store that isn't there
     with Journal(location) as journal:
         base = Collection(location)
-        joined = _joined(base, frame, where)
-        columns = {str(name): as_categorical_or_number(joined[name]) for name in joined.columns}
         done = any(o["digest"] == digest and o["n_obs"] == base.n_obs for o in base.manifest.overlays[-1:])
+        joined = _joined(base, frame, where, again=done)
+        columns = {str(name): as_categorical_or_number(joined[name]) for name in joined.columns}
         journal.forget_finished()
         if not done:
             journal.begin({"annotate": digest})
@@ -186,7 +186,7 @@ def annotate_store(place: str | Path | Location, table: str | Path | pd.DataFram
     return {"n_cells": int(joined.notna().any(axis=1).sum()), "columns": list(columns), "generation": number}
 
 
-def _joined(base: Collection, frame: pd.DataFrame, where: str) -> pd.DataFrame:
+def _joined(base: Collection, frame: pd.DataFrame, where: str, *, again: bool) -> pd.DataFrame:
     """The table in the order of the store's cells, if the store may take it."""
     if base.kind == "view":
         raise UsageError("is a view, which never changes", where=str(base.path), fix="annotate its store")
@@ -198,7 +198,7 @@ def _joined(base: Collection, frame: pd.DataFrame, where: str) -> pd.DataFrame:
         raise UsageError(
             f"{base.batch_key!r} names the batches; it can't change", where=where, fix="rename it"
         )
-    for name in set(frame.columns) & set(base.obs_columns):
+    for name in [] if again else [name for name in frame.columns if name in base.obs_columns]:
         warn(f"obs column {name!r} is replaced, also where the table is silent", where=where)
     originals = base.obs_column(NAME) if NAME in base.obs_columns else None
     return join_by_name(frame, base.obs_names, originals, where)
@@ -223,5 +223,5 @@ def _commit_overlay(base: Collection, journal: Journal, overlay: pd.DataFrame, d
         overlays=(*state.overlays, entry),
         objects=objects,
     )
-    sweep(staged, {*expected_objects(staged, after), state.path})
+    sweep(staged, state, after)
     commit(staged, after, state)

@@ -35,12 +35,12 @@ class Draft:
 
         expect_warnings()
         self._buffers: dict[str, Any] = {}
+        self._groups: Objects = {}
         self.store = MemoryStore(store_dict=self._buffers)
 
     def group(self, path: str, attributes: Mapping[str, Any]) -> None:
-        import zarr
-
-        zarr.create_group(self.store, path=path or None, zarr_format=3, attributes=dict(attributes))
+        metadata = {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
+        self._groups[f"{path}/zarr.json".lstrip("/")] = json.dumps(metadata, indent=2).encode()
 
     def array(self, path: str, values: np.ndarray, attributes: Mapping[str, Any] | None = None) -> None:
         """One dense array, in one chunk up to 2^20 rows; wide matrices in shards of 64 k rows."""
@@ -80,11 +80,11 @@ class Draft:
             array[...] = values.astype(np.dtypes.StringDType())
 
     def take(self) -> Objects:
-        """The objects drafted since the last call, sorted (zarr's threads are not), and forget their chunks."""
-        found = {key: bytes(self._buffers[key].to_bytes()) for key in sorted(self._buffers)}
+        """The objects drafted since the last call, sorted (zarr adds them in any order)."""
+        found = {key: bytes(buffer.to_bytes()) for key, buffer in self._buffers.items()} | self._groups
         for key in [key for key in self._buffers if not key.endswith("zarr.json")]:
             del self._buffers[key]
-        return found
+        return {key: found[key] for key in sorted(found)}
 
     def consolidated(self) -> Objects:
         """All objects, the root's metadata holding everyone's: one read opens the hierarchy.

@@ -8,7 +8,6 @@ so a reader that opened one generation keeps reading that one. Nothing holds a t
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -133,8 +132,12 @@ def expected_objects(location: Location, generation: Generation) -> ObjectTable:
     return expected
 
 
-def sweep(location: Location, keep: Collection[str]) -> None:
-    """Delete what an abandoned run has left in the folders of a collection."""
+def sweep(location: Location, *generations: Generation | None) -> None:
+    """Delete what an abandoned run has left: objects that none of the generations names."""
+    keep: set[str] = set()
+    for generation in generations:
+        if generation is not None:
+            keep |= {generation.path, *expected_objects(location, generation)}
     for folder in FOLDERS:
         if not any(key.startswith(f"{folder}/") for key in keep):
             location.delete_tree(folder)

@@ -32,7 +32,6 @@ from streamx.store.manifest import (
     commit,
     dump,
     dump_part,
-    expected_objects,
     read_generation,
     sweep,
 )
@@ -168,7 +167,7 @@ def write_part(
     try:
         _write(staged, journal, base, slabs, content, preset, shard_rows, limit, n)
     except (InputError, UsageError):  # nothing to resume
-        sweep(location, {} if base is None else expected_objects(location, base))
+        sweep(location, base)
         raise
     journal.remove()
     return Collection(location)
@@ -255,7 +254,7 @@ def _write(
     entry = {"path": part_path, "bytes": len(part_data), "crc32c": crc32c(part_data)}
     entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards), "maximum": rows.maximum}
     generation = _next_generation(location, base, number, entry, content)
-    sweep(location, {*expected_objects(location, generation), *([base.path] if base else [])})
+    sweep(location, base, generation)
     commit(location, generation, base)
 
 

@@ -19,7 +19,7 @@ from streamx.store.ingest import Source, check_counts
 from streamx.store.spill import Slab
 from streamx.threads import thread_count
 
-MAX_SLAB_ROWS = 1 << 16
+MIN_SLAB_ROWS, MAX_SLAB_ROWS = 64, 1 << 16
 
 
 class SourceError(Exception):
@@ -91,7 +91,7 @@ def slabs_of(
         per_row = max(per_row, probe.nnz / probe.shape[0])
     # a slab is held about four times over while it is mapped and sorted: indices and values, 16 bytes each
     per_row = 4 * 16 * (per_row + 16) + 8 * source.n_vars
-    size = int(np.clip(memory / 4 / thread_count(config.threads) / per_row, 64, MAX_SLAB_ROWS))
+    size = int(np.clip(memory / 4 / thread_count(config.threads) / per_row, MIN_SLAB_ROWS, MAX_SLAB_ROWS))
     # the name of a file or key may be anything, a slab's becomes a folder
     name = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).hexdigest()
     for low in range(0, source.n_obs, size):
