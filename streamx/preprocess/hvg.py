@@ -2,7 +2,9 @@
 
 Sources: Satija 2015 and Zheng 2017 (dispersions in bins of mean expression), Stuart 2019 (variance after
 regularised standardisation); the order of steps, the treatment of ties and of genes that a batch lacks follow
-scanpy 1.11 and 1.12, which agree. Inputs are sums per batch and gene; no matrix is seen here.
+scanpy 1.11 and 1.12. One deviation: 1.12 takes seurat_v3's mean of each batch by a running update, whose last
+bit, and with it how the loess splits tied means, depends on the order of cells; sums of integers do not.
+Inputs are sums per batch and gene; no matrix is seen here.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def _warn_of_the_wrong_values(store: Collection, config: PreprocessConfig) -> No
         )
     if not config.processed and not counts:
         warn(
-            "the values are no counts (the store was made with --allow-float), and are normalised all the same",
+            "the values are no counts (the store was made with --allow-float), and are normalised again",
             where=str(store.path),
             fix="--processed, if they are normalised already; or convert the counts (--layer)",
         )
