@@ -36,17 +36,17 @@ def main() -> None:
     args = parser.parse_args()
     out = args.output
     files = sorted(path for folder in args.folders for path in Path(folder).glob("*.h5ad"))
+    if not files:
+        parser.error(f"no h5ad in {', '.join(args.folders)}")
     queries = [path for path in files if path.stem in args.queries]
     reference = [path for path in files if path.stem not in args.queries]
 
     store = sx.convert(reference, out / "store", batch_key="study", join="inner")
     print(f"reference: {store.n_obs:,} cells, {store.n_vars:,} genes that all of {store.batches} measured")
-
     # SCALEX's own min_features = 600 would drop most cells of the shallow studies
     view = sx.preprocess(store, out / "view", min_features=1)
     sx.train(view, out / "model", seed=args.seed, max_iteration=500 if args.quick else 10_000)
     sx.project(out / "model", queries, out / "mapped")
-
     found = sx.transfer(out / "model", out / "mapped", label_key="cell_type", truth_key="cell_type")
     print(f"labels: accuracy {found['accuracy']:.3f}, balanced {found['balanced_accuracy']:.3f}")
     scores = sx.metrics(out / "model", out / "mapped", label_key="cell_type")
