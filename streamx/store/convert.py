@@ -294,7 +294,8 @@ def _plan(
     )
     lengths = [source.n_obs for source in sources]
     known = base.manifest.obs_schema[cells.FILE]["categories"] if base is not None else []
-    obs[cells.FILE] = pd.Categorical(np.repeat(keys, lengths), categories=[*known, *sorted(keys)])
+    held = [*known, *sorted(keys)]
+    obs[cells.FILE] = pd.Categorical.from_codes(np.repeat([held.index(key) for key in keys], lengths), held)
     obs[cells.FILE_ROW] = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
     obs[cells.NAME] = originals
     checksums = [fingerprint["inputs"][source.key]["checksum"] for source in sources]
