@@ -150,3 +150,21 @@ def add_magnitudes(indptr, indices, data, kept_n, table_g4, total_n):
                 if x > table_g4[g, np.uint64(3)]:
                     table_g4[g, np.uint64(3)] = x
         total_n[i] = total
+
+
+@_compiled
+def pick_columns(indptr, indices, data, rows, position_g, out_indptr, out_indices, out_data):
+    """Values of some rows and columns: column g goes to `position_g[g]`, or nowhere if that is negative.
+
+    Returns the number of values written; the outputs must have room for all values of these rows.
+    """
+    n = 0
+    for i in range(rows.size):
+        for j in range(np.uint64(indptr[rows[i]]), np.uint64(indptr[rows[i] + 1])):
+            p = position_g[np.uint64(np.uint32(indices[j]))]
+            # written always, counted when wanted: a branch that is taken at random costs more
+            out_indices[n] = p
+            out_data[n] = data[j]
+            n += p >= 0
+        out_indptr[i + 1] = n
+    return n

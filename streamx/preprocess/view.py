@@ -15,6 +15,7 @@ from scipy.sparse import csr_matrix
 
 from streamx.errors import BadFileError, UsageError
 from streamx.preprocess.features import Selection
+from streamx.preprocess.kernels import pick_columns
 from streamx.preprocess.recipe import Recipe
 from streamx.preprocess.rows import StoreRows, rows_of
 from streamx.store.collection import Collection
@@ -158,20 +159,25 @@ def _read_slab(
     store: Collection, rows: StoreRows, start: int, stop: int, wanted: np.ndarray, chosen: np.ndarray
 ) -> tuple[csr_matrix, dict[str, np.ndarray]]:
     block = rows.read(start, stop)
-    if len(wanted) < stop - start:
-        block = block[wanted]
     dense = {name: store.read_obsm(name, start, stop)[wanted] for name in store.modalities}
-    return take_columns(block, chosen), dense
+    return take(block, wanted, chosen), dense
 
 
-def take_columns(block: csr_matrix, chosen: np.ndarray) -> csr_matrix:
-    """Columns in the order of `chosen`; -1 gives an empty one."""
+def take(block: csr_matrix, wanted: np.ndarray, chosen: np.ndarray) -> csr_matrix:
+    """Some rows of a block, and its columns in the order of `chosen`; -1 gives an empty one.
+
+    A feature is chosen once at most. Twice as fast as scipy's indexing.
+    """
     there = np.flatnonzero(chosen >= 0)
-    taken = block[:, chosen[there]]
-    if len(there) < len(chosen):
-        indices = there[taken.indices].astype(taken.indices.dtype)
-        taken = csr_matrix((taken.data, indices, taken.indptr), shape=(block.shape[0], len(chosen)))
-    return csr_matrix(taken)
+    position_g = np.full(block.shape[1], -1, dtype=np.int32)
+    position_g[chosen[there]] = there
+    room = int((block.indptr[wanted + 1] - block.indptr[wanted]).sum()) + 1
+    indptr = np.zeros(len(wanted) + 1, dtype=np.int64)
+    indices, data = np.empty(room, dtype=np.int32), np.empty(room, dtype=block.dtype)
+    n = pick_columns(block.indptr, block.indices, block.data, wanted, position_g, indptr, indices, data)
+    taken = csr_matrix((data[:n].copy(), indices[:n].copy(), indptr), shape=(len(wanted), len(chosen)))
+    taken.sort_indices()  # a list of features may reorder them
+    return taken
 
 
 def write_view(

@@ -85,6 +85,9 @@ def concatenate(
     indptr = np.concatenate(
         [[0], *(block[0][1:] + start for block, start in zip(blocks, starts, strict=True))]
     )
-    indices = np.concatenate([block[1] for block in blocks]).astype(index_type)
-    data = np.concatenate([block[2] for block in blocks])
+    indices, data = (
+        blocks[0][part] if len(blocks) == 1 else np.concatenate([block[part] for block in blocks])
+        for part in (1, 2)
+    )
+    indices = indices.astype(index_type)
     return indptr.astype(index_type), indices, data if dtype is None else data.astype(dtype, copy=False)

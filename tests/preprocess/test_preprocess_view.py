@@ -25,6 +25,7 @@ from streamx.errors import (
     UsageError,
 )
 from streamx.preprocess.run import preprocess
+from streamx.preprocess.view import take
 from streamx.store.collection import Collection
 from streamx.store.convert import convert
 
@@ -221,6 +222,17 @@ def test_global_scale_and_no_scale(store: Collection, tmp_path: Path) -> None:
     seen = np.where(transformed(none).any(axis=0), by_batch.scale_bg.max(axis=0), 1)
     np.testing.assert_array_equal(over_all.scale_bg, np.tile(seen, (3, 1)))
     assert none.scale_bg is None
+
+
+@pytest.mark.parametrize("rows", [[], [3], [0, 1, 5, 6], list(range(40))])
+@pytest.mark.parametrize("chosen", [[], [7], [0, 3, 4, 29], [29, -1, 3, 0, -1]])
+def test_rows_and_columns_are_taken(rows: list[int], chosen: list[int]) -> None:
+    dense = np.random.default_rng(0).poisson(0.5, (40, 30)).astype(np.uint16)
+    expected = dense[rows][:, chosen] * (np.array(chosen, int) >= 0)
+    found = take(csr_matrix(dense), np.array(rows, np.int64), np.array(chosen, np.int64))
+    assert found.dtype == np.uint16
+    assert found.has_canonical_format
+    np.testing.assert_array_equal(found.toarray(), expected)
 
 
 def test_counts_profile_keeps_raw_counts(store: Collection, data: anndata.AnnData, tmp_path: Path) -> None:
