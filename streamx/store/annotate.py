@@ -39,7 +39,7 @@ def read_table(table: str | Path | pd.DataFrame) -> pd.DataFrame:
         where = str(table)
         separator = "," if ".csv" in Path(table).suffixes else "\t"
         try:
-            frame = pd.read_csv(table, sep=separator, index_col=0, dtype={0: str})
+            frame = _read_text(table, separator)
         except (OSError, ValueError) as error:
             raise BadFileError(
                 f"can't be read: {error}",
@@ -55,6 +55,17 @@ def read_table(table: str | Path | pd.DataFrame) -> pd.DataFrame:
             "no column besides the cell names", where=where, fix="add a column, or name the separator"
         )
     return frame
+
+
+def _read_text(table: str | Path, separator: str) -> pd.DataFrame:
+    """The file, its first column as text: ``index_col`` would take the names 007 and NA for 7 and nothing."""
+    head = pd.read_csv(table, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+    frame = pd.read_csv(table, sep=separator, header=None, skiprows=1, converters={0: str}).set_index(0)
+    names = head.iloc[0].tolist()
+    names = names[len(names) - len(frame.columns) :]  # R leaves out the name of the names
+    if len(names) != len(frame.columns):
+        raise ValueError(f"{len(names)} names for {len(frame.columns)} columns")
+    return frame.set_axis(pd.Index(names, dtype=object), axis=1)
 
 
 def join_by_name(

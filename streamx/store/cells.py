@@ -134,18 +134,19 @@ def unite(
     columns = {}
     for name in names:
         if not name.startswith(_PREFIX):
-            columns[name] = _unite_column(name, frames, schema.get(name), stored, always=name == batch_key)
+            columns[name] = _unite_column(name, frames, schema, stored, always=name == batch_key)
     return pd.DataFrame(columns, index=index)
 
 
 def _unite_column(
     name: str,
     frames: Sequence[pd.DataFrame],
-    before: dict[str, Any] | None,
+    schema: Mapping[str, dict[str, Any]],
     stored: Callable[[str], pd.Series] | None,
     *,
     always: bool,
 ) -> Any:
+    before = schema.get(name)
     pieces = [frame[name] if name in frame.columns else None for frame in frames]
     kinds = {_kind(piece) for piece in pieces if piece is not None} - {"none"}
     if before:
@@ -174,8 +175,9 @@ def _unite_column(
         for piece, n in zip(pieces, lengths, strict=True)
     ]
     column = pd.concat(parts, ignore_index=True)
-    was_nullable = before is not None and before["dtype"] in ("Int64", "boolean")
-    if kind != "float" and not was_nullable and not column.isna().any():
+    # cells that are in the store already may lack it
+    nullable = schema and (before is None or before["dtype"] in ("Int64", "boolean"))
+    if kind != "float" and not nullable and not column.isna().any():
         column = column.astype({"int": "int64", "bool": "bool"}[kind])
     return column.array
 
@@ -211,7 +213,7 @@ def _categorical(values: np.ndarray, before: dict[str, Any] | None, always: bool
 def as_categorical_or_number(column: pd.Series) -> Any:
     """A single column in the dtype that :func:`unite` would give it."""
     return _unite_column(
-        str(column.name), [column.rename(str(column.name)).to_frame()], None, None, always=False
+        str(column.name), [column.rename(str(column.name)).to_frame()], {}, None, always=False
     )
 
 

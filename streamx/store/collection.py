@@ -19,6 +19,7 @@ from streamx.errors import IntegrityError, UsageError
 from streamx.store.chunks import Values, open_values
 from streamx.store.frame import Group, cast, column_names, missing, read_column, read_frame
 from streamx.store.genes import unpack_mask
+from streamx.store.layout import index_dtype
 from streamx.store.location import RESTORE, Location, ObjectTable, describe, open_location
 from streamx.store.manifest import Generation, Part, read_generation, read_part
 from streamx.store.read import Read, concatenate, integrity, open_group, plan_reads
@@ -324,7 +325,7 @@ class Collection:
         """Cells, genes, batches, dtypes, bytes: what ``streamx info`` shows."""
         n_bytes = sum(size for part in self.parts for size, _ in part.objects.values())
         shards = [shard for part in self.parts for shard in part.shards]
-        group = self._group(0) if shards else None
+        dtypes = [np.dtype(part["dtype"]) for part in self._state.parts]
         return {
             "kind": self.kind,
             "generation": self.generation,
@@ -343,8 +344,8 @@ class Collection:
             ),
             "n_shards": len(shards),
             "nnz": self.nnz,
-            "value_dtype": str(group["X/data"].dtype) if group else None,
-            "index_dtype": str(group["X/indices"].dtype) if group else None,
+            "value_dtype": str(np.result_type(*dtypes)),
+            "index_dtype": str(index_dtype(self.n_vars)),
             "bytes": n_bytes,
             "bytes_per_cell": round(n_bytes / max(1, self.n_obs), 1),
             "obs_columns": self.obs_columns,

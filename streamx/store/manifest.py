@@ -53,7 +53,7 @@ class Generation:
     Attributes
     ----------
     parts
-        ``{"path", "bytes", "crc32c", "n_obs", "nnz", "n_shards", "maximum"}`` for each part, in row order.
+        ``{"path", "bytes", "crc32c", "n_obs", "nnz", "n_shards", "maximum", "dtype"}`` of each, in row order.
     obs_schema
         column -> ``{"dtype": ..., "categories": [...]}``: the dtype that all parts are read as.
     overlays

@@ -252,7 +252,8 @@ def _write(
     part_path, part_data = dump_part(part)
     location.write(part_path, part_data)
     entry = {"path": part_path, "bytes": len(part_data), "crc32c": crc32c(part_data)}
-    entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards), "maximum": rows.maximum}
+    entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards)}
+    entry |= {"maximum": rows.maximum, "dtype": str(writer.data_dtype)}
     generation = _next_generation(location, base, number, entry, content)
     sweep(location, base, generation)
     commit(location, generation, base)
