@@ -1,4 +1,4 @@
-"""Real data for ``streamx demo``: 1,408 cells of five lines, five batches, 5,000 genes (``data/SOURCE.md``)."""
+"""Real data for ``streamx demo``: 1,408 cells of five lines and batches, 5,000 genes (``data/SOURCE.md``)."""
 
 from __future__ import annotations
 
