@@ -104,7 +104,7 @@ def map_columns(x_ng: sparse.csr_matrix, columns: np.ndarray, n_genes: int) -> s
     else:
         kept = np.concatenate([[0], np.cumsum(keep, dtype=np.int64)])
         indptr, data, target = kept[x_ng.indptr], x_ng.data[keep], target[keep]
-    summed = len(np.unique(columns[columns >= 0])) < (columns >= 0).sum()
+    summed = np.bincount(columns[columns >= 0]).max(initial=0) > 1
     if summed and data.dtype.kind in "ui":
         data = data.astype(np.int64)  # sums of small integers wrap
     mapped = sparse.csr_matrix((data, target.astype(np.int32), indptr), shape=(x_ng.shape[0], n_genes))

@@ -90,7 +90,7 @@ def slabs_of(
             probe = source.read(low, low + 64)
         per_row = max(per_row, probe.nnz / probe.shape[0])
     # a slab is held about four times over while it is mapped and sorted: indices and values, 16 bytes each
-    per_row = 4 * 16 * (per_row + 16) + 8 * source.n_vars
+    per_row = 4 * 16 * (per_row + 16)
     size = int(np.clip(memory / 4 / thread_count(config.threads) / per_row, MIN_SLAB_ROWS, MAX_SLAB_ROWS))
     # the name of a file or key may be anything, a slab's becomes a folder
     name = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).hexdigest()
