@@ -4,7 +4,7 @@ A batch's own statistics (what SCALEX's inference amounts to) remove a batch eff
 the batch's *composition* apart: a query of one cell type is spread over all of them. Running statistics keep
 the composition, and the batch effect with it. Here a batch is moved so that its mean and variance become
 those that the reference would have *at the batch's composition*: the composition is read off the nearest
-reference clusters, the move is estimated, the cells are encoded anew, three times over.
+reference clusters, the move is estimated, the cells are encoded anew, and so on.
 
 Not part of SCALEX; the numbers that decided for it are in ``benchmarks/LOG.md``.
 
@@ -23,7 +23,8 @@ import torch
 from streamx.models.layers import EPS
 from streamx.models.scalex import Scalex, running_stats
 
-ROUNDS = 3
+# Three are enough to map a query; integrating many batches takes until ten or so to settle.
+ROUNDS = 10
 CELLS_PER_CLUSTER = 250
 MIN_CLUSTERS, MAX_CLUSTERS = 10, 100
 # Cells beyond this quantile of their cluster's distances are no guide to the batch effect: unseen types.
