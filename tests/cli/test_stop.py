@@ -9,8 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
-
 import streamx as sx
 from streamx.demo import DATA
 
@@ -20,8 +18,7 @@ def start(*argv: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_training(number: signal.Signals, tmp_path: Path) -> None:
+def test_training(tmp_path: Path) -> None:
     store = sx.convert([DATA / "sc_celseq2.h5ad", DATA / "sc_dropseq.h5ad"], tmp_path / "store")
     sx.preprocess(store, tmp_path / "view", n_top_features=200)
     argv = ["train", tmp_path / "view", "-o", tmp_path / "model", "--checkpoint-seconds", "0"]
@@ -31,10 +28,10 @@ def test_training(number: signal.Signals, tmp_path: Path) -> None:
         assert child.poll() is None, child.stderr and child.stderr.read()
         time.sleep(0.05)
     told = time.monotonic()
-    child.send_signal(number)
+    child.send_signal(signal.SIGTERM)
     out, err = child.communicate(timeout=60)
     assert time.monotonic() - told < 10
-    assert child.returncode == 128 + number
+    assert child.returncode == 143
     assert "takes it up again" in err
     assert out == ""
     assert not (tmp_path / "model" / "model.json").exists()
