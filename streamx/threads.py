@@ -30,7 +30,9 @@ def run_all(tasks: Sequence[Callable[[], T]], threads: int, progress: str | None
         for future in futures:
             future.add_done_callback(lambda _: bar.update())
         try:
-            wait(futures, return_when=FIRST_EXCEPTION)
+            finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
+            for future in finished:  # not in their order: one before the failed one may still run for long
+                future.result()
             return [future.result() for future in futures]
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
