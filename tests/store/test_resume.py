@@ -60,18 +60,16 @@ def files(folder: Path) -> list[Path]:
 
 def fail_at(
     patch: pytest.MonkeyPatch, k: int, error: Callable[[], BaseException], operation: str = "write"
-) -> list[int]:
-    """The k-th write raises; gives the counter."""
-    done, original = [0], getattr(Location, operation)
+) -> None:
+    """The k-th write and all that follow raise: tasks that run meanwhile get no further either."""
+    done, original = itertools.count(1), getattr(Location, operation)
 
     def failing(self: Location, *args: Any) -> Any:
-        done[0] += 1
-        if done[0] == k:
+        if next(done) >= k:
             raise error()
         return original(self, *args)
 
     patch.setattr(Location, operation, failing)
-    return done
 
 
 def stopped(inputs: Any, place: Path, k: int = 12, **settings: Any) -> None:
@@ -392,17 +390,17 @@ class TestTwoWriters:
         assert not (tmp_path / "store.journal").exists()
 
     def test_threads(self, tmp_path: Path) -> None:
-        self.race(tmp_path, threading.Thread, threading.Barrier(4), _Results())
+        self.race(tmp_path, threading.Thread, threading.Barrier(4), _Results(), 4)
 
     def test_processes(self, tmp_path: Path) -> None:
         context = multiprocessing.get_context("spawn")
-        self.race(tmp_path, context.Process, context.Barrier(4), context.Queue())
+        self.race(tmp_path, context.Process, context.Barrier(3), context.Queue(), 3)
 
-    def race(self, folder: Path, worker: Any, barrier: Any, results: Any) -> None:
-        """Four writers, two kinds of settings: one store, untouched by those who lost."""
+    def race(self, folder: Path, worker: Any, barrier: Any, results: Any, n: int) -> None:
+        """Several writers, two kinds of settings: one store, untouched by those who lost."""
         inputs = files(folder)
         place = folder / "store"
-        workers = [worker(target=_convert, args=(inputs, place, i % 2, barrier, results)) for i in range(4)]
+        workers = [worker(target=_convert, args=(inputs, place, i % 2, barrier, results)) for i in range(n)]
         for one in workers:
             one.start()
         outcomes = [results.get(timeout=120) for _ in workers]
