@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> Result:
                 fix="run `streamx preprocess STORE -o NEW_VIEW` with other settings",
             )
         view = update_view(args.update, **settings)
-        return {"view": args.update, **view.summary()}
+        return {"path": args.update, **view.summary()}
     view = preprocess(args.store, args.output, **settings)
-    return {"view": args.output, **view.summary()}
+    return {"path": args.output, **view.summary()}
 
 
 VERB = Verb(
