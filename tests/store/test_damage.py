@@ -24,6 +24,12 @@ from streamx.store import Collection, draft, layout
 from streamx.store.pack import Content, write_part
 from streamx.store.spill import Slab
 
+# Copies for plain anndata, and what only verify looks at: a lost one does not change what is read.
+NOT_READ = re.compile(
+    r"shards/\d+.zarr/(obs|uns|layers|obsp|varm|varp)/|shards/0*[1-9]\d*.zarr/var/|shards/.*/zarr.json"
+    r"|obs/000003.zarr/_index/|generations/00000[12].json"
+)
+
 
 @pytest.fixture(scope="module")
 def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -95,7 +101,8 @@ def check_flips(place: Path, n: int, seed: int) -> None:
     for i, (path, _) in enumerate(flips(files, n, random.Random(seed))):
         if sx.verify(place, threads=1)["ok"]:
             undetected.append(path)
-        if (i < len(files) or i % 5 == 0) and silently_wrong(place, expected):
+        opened = not NOT_READ.match(path.relative_to(place).as_posix())
+        if (opened or i % 8 == 0) and silently_wrong(place, expected):
             wrong.append(path)
     assert (undetected, wrong) == ([], [])
     assert everything(place) == expected
@@ -108,13 +115,6 @@ def test_flipped_bits(copy: Path) -> None:
 @pytest.mark.slow
 def test_a_thousand_flipped_bits(copy: Path) -> None:
     check_flips(copy, 1000, seed=1)
-
-
-# Copies for plain anndata, and what only verify looks at: a lost one does not change what is read.
-NOT_READ = re.compile(
-    r"shards/\d+.zarr/(obs|uns|layers|obsp|varm|varp)/|shards/0*[1-9]\d*.zarr/var/|shards/.*/zarr.json"
-    r"|obs/000003.zarr/_index/|generations/00000[12].json"
-)
 
 
 def test_each_lost_or_cut_object(copy: Path) -> None:
@@ -130,7 +130,7 @@ def test_each_lost_or_cut_object(copy: Path) -> None:
             assert any(key in str(error["object"]) or key == "streamx.json" for error in report["errors"]), (
                 key
             )
-            if i % 4 == 0 if NOT_READ.match(key) else cut != len(whole) - 1:
+            if i % 8 == 0 if NOT_READ.match(key) else cut != len(whole) - 1:
                 try:
                     assert everything(copy) == expected
                     unnoticed.add(key)
@@ -138,7 +138,7 @@ def test_each_lost_or_cut_object(copy: Path) -> None:
                     pass
             path.write_bytes(whole)
     assert [key for key in unnoticed if not NOT_READ.match(key)] == []
-    assert len(unnoticed) > 10
+    assert len(unnoticed) > 5
 
 
 def test_objects_of_other_content(copy: Path) -> None:
