@@ -542,3 +542,16 @@ class TestBadInputs:
             sx.convert(inputs[1:], tmp_path / place, append=True)
         assert tree(tmp_path / "store") == tree(tmp_path / "whole")
         assert sx.verify(tmp_path / "store")["ok"]
+
+
+def test_inputs_that_end_in_their_own_checksums(tmp_path: Path) -> None:
+    """Shards of a store as inputs: one that differs in a count of the same width is another input."""
+    one = with_names(sample(9, 7, 0, donor=["d"] * 9), "c")
+    two = one.copy()
+    two.X.data[0] += 1
+    shards = []
+    for i, adata in enumerate((one, two)):
+        store = sx.convert({"a": adata}, tmp_path / str(i), batch_key="donor", preset="speed")
+        shards.append(store.path / "shards" / "000000.zarr")
+    sources = convert_module.open_sources(shards, scratch=tmp_path / "scratch", memory=1 << 20)
+    assert len({source.checksum() for source in sources}) == 2

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import errno
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pandas as pd
 from scipy import sparse
@@ -128,7 +128,7 @@ class Source:
             return np.ascontiguousarray(self.modalities[name].rows(start, stop))
 
     def checksum(self) -> str:
-        """``"<bytes>-<crc32c>"`` of what the input holds now (a folder: of all its files)."""
+        """``"<bytes>-<crc>"`` of what the input holds now (a folder: of all its files)."""
         with reading(self.location, "checksum"):
             return self.digest()
 
@@ -282,17 +282,20 @@ def check_indptr(indptr: np.ndarray, n_rows: int, n_stored: int, location: str, 
 
 
 def file_checksum(path: Path) -> str:
-    """Size and crc32c of a file's bytes; of a folder, of all files in sorted relative order."""
+    """Size and CRC-32 of a file's bytes; of a folder, of all files in sorted relative order.
+
+    Not CRC-32C: zarr's objects end in their own, and of such the CRC-32C is always the same.
+    """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    crc, size = google_crc32c.Checksum(), 0
+    crc = size = 0
     for file in files:
         if file != path:
-            crc.update(file.relative_to(path).as_posix().encode() + b"\0")
+            crc = zlib.crc32(file.relative_to(path).as_posix().encode() + b"\0", crc)
         with file.open("rb") as stream:
             while block := stream.read(CHECKSUM_BLOCK):
-                crc.update(block)
+                crc = zlib.crc32(block, crc)
                 size += len(block)
-    return f"{size}-{crc.hexdigest().decode()}"
+    return f"{size}-{crc:08x}"
 
 
 def text_names(values: Any) -> np.ndarray:
