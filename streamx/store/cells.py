@@ -206,7 +206,7 @@ def _categorical(values: np.ndarray, before: dict[str, Any] | None, always: bool
     new = sorted(set(found) - set(known))
     many = len(known) + len(new) > MAX_CATEGORIES and len(new) * 10 > len(values) and not always
     if many or (before or {}).get("dtype") == "string":
-        return pd.Series(values, dtype=object).where(codes >= 0, "").array
+        return pd.Series(values, dtype=object).where(codes >= 0, None).array
     return pd.Categorical(values, categories=[*known, *new])
 
 

@@ -190,7 +190,14 @@ def draft_column(draft: Draft, path: str, column: pd.Series) -> None:
     elif dtype.kind in "iufb":
         draft.array(path, column.to_numpy())
     elif pd.api.types.is_string_dtype(dtype) or dtype.kind == "O":
-        draft.strings(path, column.fillna("").astype(str).to_numpy())
+        missing = column.isna().to_numpy()
+        text = column.astype(object).where(~missing, "").astype(str).to_numpy()
+        if not missing.any():
+            draft.strings(path, text)
+            return
+        draft.group(path, {"encoding-type": "nullable-string-array", "encoding-version": "0.1.0"})
+        draft.strings(f"{path}/values", text)
+        draft.array(f"{path}/mask", missing)
     else:
         raise InputError(
             f"dtype {dtype} can't be stored", where=f"column {path}", fix="convert it to text or numbers"

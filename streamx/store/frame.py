@@ -33,6 +33,9 @@ def read_column(group: Group, name: str, start: int = 0, stop: int | None = None
             if integer
             else pd.arrays.BooleanArray(stored.astype(bool), mask)
         )
+    elif encoding == "nullable-string-array":
+        values = _plain(node["values"], rows)
+        values[np.asarray(node["mask"][rows], dtype=bool)] = None
     else:
         values = _plain(node, rows)
     return pd.Series(values, name=name)
@@ -108,7 +111,7 @@ def cast(column: pd.Series, schema: dict[str, Any]) -> pd.Series:
             return column.astype(pd.CategoricalDtype(whole))
         return pd.Series(pd.Categorical(as_text(column), categories=whole), name=column.name)
     if dtype == "string":
-        return as_text(column).fillna("")
+        return as_text(column)
     return column if str(column.dtype) == dtype else column.astype(dtype)
 
 
@@ -118,7 +121,7 @@ def missing(n: int, schema: dict[str, Any], name: str) -> pd.Series:
     if dtype == "category":
         return pd.Series(pd.Categorical.from_codes(np.full(n, -1), pd.Index(schema["categories"])), name=name)
     if dtype == "string":
-        return pd.Series([""] * n, dtype=object, name=name)
+        return pd.Series([None] * n, dtype=object, name=name)
     if dtype.startswith("float"):
         return pd.Series(np.full(n, np.nan, dtype=dtype), name=name)
     nullable = {"bool": "boolean"}.get(dtype, dtype[0].upper() + dtype[1:] if dtype[0] in "iu" else dtype)

@@ -14,7 +14,7 @@ from typing import Any
 
 from streamx.errors import InputError, LockedError, SettingsChangedError, StreamxError, UsageError
 from streamx.store.location import Location, storage_error
-from streamx.store.manifest import MARKER, dump, journal_path, read_generation
+from streamx.store.manifest import MARKER, dump, journal_path, read_generation, sweep
 
 SETTINGS, LOCK = "settings.json", "lock"
 
@@ -60,7 +60,10 @@ class Journal:
         hopeless = isinstance(error, (InputError, UsageError))
         try:
             idle = isinstance(error, StreamxError) and not self.location.list("records")
-            if self.fingerprint is None or (self._begun and (hopeless or idle)):
+            if self._lock is not None and self._begun and (hopeless or idle):
+                sweep(self.store, read_generation(self.store) if self.store.exists(MARKER) else None)
+                self.remove()
+            elif self.fingerprint is None:
                 self.remove()
         finally:
             self.release()
@@ -144,13 +147,15 @@ def _lock(root: Path) -> int:
     import fcntl
 
     path = root / LOCK
+    attempts = 100
     while True:
         try:
             root.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another run has just finished and removed the folder
-            continue
         except OSError as error:
+            attempts -= 1
+            if isinstance(error, FileNotFoundError) and attempts:
+                continue  # another run has just finished and removed the folder
             raise storage_error(error, str(root)) from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

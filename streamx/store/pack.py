@@ -17,7 +17,7 @@ import numpy as np
 import pandas as pd
 
 from streamx.config import parse_bytes
-from streamx.errors import InputError, IntegrityError, UsageError
+from streamx.errors import IntegrityError, UsageError
 from streamx.store import layout
 from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame
@@ -164,11 +164,7 @@ def write_part(
     base = read_generation(location) if append else None
     staged = type(location)(location.root, tmp=journal.tmp)
     limit, n = parse_bytes(memory), thread_count(threads)
-    try:
-        _write(staged, journal, base, slabs, content, preset, shard_rows, limit, n)
-    except (InputError, UsageError):  # nothing to resume
-        sweep(location, base)
-        raise
+    _write(staged, journal, base, slabs, content, preset, shard_rows, limit, n)
     journal.remove()
     return Collection(location)
 

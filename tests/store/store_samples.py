@@ -82,7 +82,7 @@ def assert_holds(collection: Collection, inputs: Mapping[str, ad.AnnData]) -> No
             found = collection.obs_column(column).iloc[rows].to_numpy(dtype=object)
             wanted = adata.obs[column].to_numpy(dtype=object)
             missing = pd.isna(wanted)
-            assert pd.isna(found[missing]).all() or (found[missing] == "").all(), column
+            assert pd.isna(found[missing]).all(), column
             if collection.manifest.obs_schema[column]["dtype"] in ("category", "string"):
                 wanted = wanted.astype(str)
             assert list(found[~missing]) == list(wanted[~missing]), column

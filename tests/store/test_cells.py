@@ -89,6 +89,7 @@ class TestUnion:
         many = [f"t{i}" for i in range(MAX_CATEGORIES + 1)]
         assert united(many).tolist() == many
         assert united(many).dtype == object
+        assert united(many, None).isna().tolist() == [False] * len(many) + [True, True]
         frame = pd.DataFrame({"batch": many})
         assert isinstance(unite([frame], "batch")["batch"].dtype, pd.CategoricalDtype)
         grown = united(many, before={"dtype": "category", "categories": ["a"]})

@@ -163,6 +163,7 @@ def frames() -> st.SearchStrategy[pd.DataFrame]:
         column(st.one_of(st.none(), st.integers(0, 9)), "Int64"),
         column(st.one_of(st.none(), st.booleans()), "boolean"),
         column(text, object),
+        column(st.one_of(st.none(), text), object),
         column(st.one_of(st.none(), text), "category"),
     )
     names = st.lists(

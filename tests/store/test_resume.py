@@ -209,6 +209,9 @@ class TestOtherPlaces:
                 sx.convert(inputs, place)
         with pytest.raises(UsageError, match="can't hold"):
             sx.convert(inputs, "/")
+        if Path("/proc/self").exists():
+            with pytest.raises(StorageError):
+                sx.convert(inputs, "/proc/none/store")
         with pytest.raises((BadFileError, IncompleteError)):
             sx.open(tmp_path / "file")
 
@@ -499,6 +502,20 @@ class TestBadInputs:
             store = sx.convert(inputs, tmp_path / "store", on_error="skip")
         assert_holds(store, {p.stem: ad.read_h5ad(p) for p in inputs[:2]})
 
+    def test_skip_that_was_interrupted_and_then_is_no_skip(self, tmp_path: Path) -> None:
+        """Nothing is left of what the first run wrote without the bad input."""
+        inputs = [*files(tmp_path), self.bad(tmp_path, "values")]
+        with pytest.MonkeyPatch.context() as patch:
+            fail_at(patch, 60, Stop)
+            with pytest.raises(Stop):
+                sx.convert(inputs, tmp_path / "store", on_error="skip", threads=1)
+        assert list((tmp_path / "store").rglob("*"))
+        with pytest.raises(BadValuesError):
+            sx.convert(inputs, tmp_path / "store")
+        assert not tree(tmp_path / "store")
+        assert not (tmp_path / "store.journal").exists()
+        sx.convert(inputs[:2], tmp_path / "store")
+
     def test_all_are_bad(self, tmp_path: Path) -> None:
         with pytest.raises(InputError, match="no input is left"):
             sx.convert([self.bad(tmp_path, "values")], tmp_path / "store", batch_key="kind", on_error="skip")
@@ -549,9 +566,9 @@ def test_inputs_that_end_in_their_own_checksums(tmp_path: Path) -> None:
     one = with_names(sample(9, 7, 0, donor=["d"] * 9), "c")
     two = one.copy()
     two.X.data[0] += 1
-    shards = []
+    shards = {}
     for i, adata in enumerate((one, two)):
         store = sx.convert({"a": adata}, tmp_path / str(i), batch_key="donor", preset="speed")
-        shards.append(store.path / "shards" / "000000.zarr")
+        shards[str(i)] = store.path / "shards" / "000000.zarr"
     sources = convert_module.open_sources(shards, scratch=tmp_path / "scratch", memory=1 << 20)
     assert len({source.checksum() for source in sources}) == 2
