@@ -155,6 +155,17 @@ def storage_error(error: OSError, where: str) -> StorageError | ResourceError:
     )
 
 
+def _length(byte_range: Any, size: int) -> int:
+    """How many bytes of an object of this size zarr's request asks for."""
+    if byte_range is None:
+        return size
+    if hasattr(byte_range, "suffix"):
+        return min(byte_range.suffix, size)
+    if hasattr(byte_range, "offset"):
+        return max(0, size - byte_range.offset)
+    return max(0, min(byte_range.end, size) - byte_range.start)
+
+
 def _strict_store(root: Path, prefix: str, expected: ObjectTable) -> Store:
     from zarr.storage import LocalStore, WrapperStore
 
@@ -166,6 +177,8 @@ def _strict_store(root: Path, prefix: str, expected: ObjectTable) -> Store:
                 return value
             if value is None:
                 raise IntegrityError("object is missing", where=str(root / key), fix=RESTORE)
+            if len(value) != _length(byte_range, known[0]):  # zarr reads an empty zarr shard as zeros
+                raise IntegrityError("object is cut short", where=str(root / key), fix=RESTORE)
             if key.endswith("zarr.json") and byte_range is None and describe(value.to_bytes()) != known:
                 raise IntegrityError("metadata are damaged", where=str(root / key), fix=RESTORE)
             return value

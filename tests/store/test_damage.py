@@ -123,14 +123,14 @@ def test_each_lost_or_cut_object(copy: Path) -> None:
     unnoticed = set()
     for i, path in enumerate(sorted(path for path in copy.rglob("*") if path.is_file())):
         key, whole = path.relative_to(copy).as_posix(), path.read_bytes()
-        for cut in (None, len(whole) // 2, len(whole) - 1):
+        for cut in (None, (len(whole) // 2, len(whole) - 1, 0)[i % 3]):
             path.unlink() if cut is None else path.write_bytes(whole[:cut])
             report = sx.verify(copy, threads=1)
             assert not report["ok"]
             assert any(key in str(error["object"]) or key == "streamx.json" for error in report["errors"]), (
                 key
             )
-            if i % 8 == 0 if NOT_READ.match(key) else cut != len(whole) - 1:
+            if i % 8 == 0 or not NOT_READ.match(key):
                 try:
                     assert everything(copy) == expected
                     unnoticed.add(key)
@@ -138,7 +138,7 @@ def test_each_lost_or_cut_object(copy: Path) -> None:
                     pass
             path.write_bytes(whole)
     assert [key for key in unnoticed if not NOT_READ.match(key)] == []
-    assert len(unnoticed) > 5
+    assert unnoticed
 
 
 def test_objects_of_other_content(copy: Path) -> None:

@@ -37,7 +37,7 @@ def slabs_of_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamx.store.slabs.MIN_SLAB_ROWS", 3)
 
 
-@pytest.mark.parametrize("preset", ["default", "remote"])
+@pytest.mark.parametrize("preset", ["default", pytest.param("remote", marks=pytest.mark.slow)])
 def test_memory_slabs_threads_order(
     tmp_path: Path, tiny_geometry: None, slabs_of_few: None, monkeypatch: pytest.MonkeyPatch, preset: str
 ) -> None:

@@ -25,7 +25,7 @@ from streamx.store.pack import Content, plan_shards, write_part
 from streamx.store.read import plan_reads
 from streamx.store.spill import Slab, Spill, spill
 
-quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @quick
