@@ -94,7 +94,9 @@ def obs_schema(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
             categories = [item.item() if isinstance(item, np.generic) else item for item in dtype.categories]
             schema[str(name)] = {"dtype": "category", "categories": categories}
         else:
-            schema[str(name)] = {"dtype": "string" if dtype == np.dtype(object) else str(dtype)}
+            # object to pandas 2, str to pandas 3: the manifest has one word for it
+            is_text = dtype == np.dtype(object) or isinstance(dtype, pd.StringDtype)
+            schema[str(name)] = {"dtype": "string" if is_text else str(dtype)}
     return schema
 
 

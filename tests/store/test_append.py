@@ -316,3 +316,20 @@ def test_a_view_takes_no_files(tmp_path: Path) -> None:
         sx.convert({"b": second()}, tmp_path / "view", append=True)
     with pytest.raises(UsageError, match="is a view"):
         sx.annotate(tmp_path / "view", pd.DataFrame({"l": [1]}, index=["x"]))
+
+
+def test_text_with_too_many_values_for_categories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Missing text stays missing, also where a later file makes categories too many."""
+    monkeypatch.setattr("streamx.store.cells.MAX_CATEGORIES", 8)
+    one = first(
+        donor=["d"] * 31, few=["x", "y", None] * 10 + ["x"], many=[None, *(f"t{i}" for i in range(30))]
+    )
+    two = second(donor=["d"] * 17, few=[f"z{i}" for i in range(16)] + [None])
+    store = sx.convert({"a": one}, tmp_path / "store", batch_key="donor")
+    assert [store.manifest.obs_schema[name]["dtype"] for name in ("few", "many")] == ["category", "string"]
+    store = sx.convert({"b": two}, tmp_path / "store", append=True)
+    assert [store.manifest.obs_schema[name]["dtype"] for name in ("few", "many")] == ["string", "string"]
+    assert_holds(store, {"a": one, "b": two})
+    assert store.obs_column("many").iloc[31:].isna().all()
+    assert ad.read_zarr(tmp_path / "store/shards/000000.zarr").obs["many"].isna().sum() == 1
+    assert store.to_anndata().obs["few"].isna().sum() == 11
