@@ -312,8 +312,14 @@ class IntegrateConfig:
 
 
 def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:
-    """``cls(**settings)``, with an unknown name or choice as a :class:`UsageError`."""
+    """``cls(**settings)``, with an unknown name or choice as a :class:`UsageError`.
+
+    A single text for a setting of many is one of them, and not its letters.
+    """
     fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
+    many = [name for name, value in settings.items() if isinstance(value, str) and name in fields]
+    many = [name for name in many if fields[name].metadata.get("many")]
+    settings = settings | {name: (settings[name],) for name in many}
     for name, value in settings.items():
         if name not in fields:
             raise UsageError(f"unknown setting {name!r}", fix=f"one of {', '.join(sorted(fields))}")

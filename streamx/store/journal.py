@@ -167,6 +167,9 @@ def _lock(root: Path) -> int:
                 where=str(root),
                 fix="wait until it has finished, or stop it, then run the command again",
             ) from None
+        except OSError as error:  # a file system without locks
+            os.close(descriptor)
+            raise storage_error(error, str(path)) from error
         try:
             if os.fstat(descriptor).st_ino == path.stat().st_ino:
                 os.ftruncate(descriptor, 0)

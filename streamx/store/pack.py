@@ -188,7 +188,8 @@ def start(journal: Journal, fingerprint: dict[str, Any], *, append: bool) -> Col
     if finished is not None:
         journal.forget_finished()
         return finished
-    if not append and journal.fingerprint is None and journal.store.list():
+    occupied = journal.store.root.is_file() or journal.store.list()
+    if not append and journal.fingerprint is None and occupied:
         raise UsageError(
             "holds other files, and no store",
             where=str(journal.store),

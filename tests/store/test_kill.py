@@ -251,7 +251,7 @@ def kill_for_real(folder: Path, times: int, seed: int) -> None:
 
 
 def test_a_few_real_kills(tmp_path: Path) -> None:
-    kill_for_real(tmp_path, 3, seed=0)
+    kill_for_real(tmp_path, 5, seed=0)
 
 
 @pytest.mark.slow

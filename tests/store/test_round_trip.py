@@ -179,6 +179,14 @@ def test_dense_modality_travels_in_the_same_order(tmp_path: Path, tiny_geometry:
         store.read_obsm("proteins")
 
 
+def test_one_name_of_a_modality(tmp_path: Path) -> None:
+    adata = sample(9, 5, 0)
+    adata.obsm["ADT"] = np.ones((9, 2), dtype=np.float32)
+    store = sx.convert(adata, tmp_path / "store", batch_key="kind", obsm="ADT")
+    assert store.modalities["ADT"]["names"] == ["0", "1"]
+    assert sx.convert(adata, tmp_path / "other", batch_key="kind").modalities == {}
+
+
 def test_a_collection_travels_to_other_processes(tmp_path: Path) -> None:
     store = sx.convert(inputs(), tmp_path / "store")
     expected = store.read(3, 40).toarray()
