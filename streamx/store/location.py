@@ -12,10 +12,14 @@ import os
 import shutil
 import threading
 import zlib
+from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
+import numpy as np
 
 from streamx.errors import IntegrityError, ResourceError, StorageError, UsageError
 
@@ -81,6 +85,36 @@ class Location:
             raise IntegrityError("object is missing", where=f"{self.root}/{key}") from None
         except OSError as error:
             raise StorageError(f"can't be read: {error.strerror}", where=f"{self.root}/{key}") from error
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int, int]], out: np.ndarray) -> None:
+        """Parts of objects, side by side in one buffer.
+
+        Parameters
+        ----------
+        ranges
+            (key, first byte, bytes, where in `out`) of each.
+        out
+            uint8, filled.
+
+        Raises
+        ------
+        IntegrityError
+            If an object is missing, or ends too soon.
+        """
+        for key, objects in groupby(ranges, key=itemgetter(0)):
+            where = f"{self.root}/{key}"
+            try:
+                descriptor = os.open(self.path(key), os.O_RDONLY)
+            except FileNotFoundError:
+                raise IntegrityError("object is missing", where=where, fix=RESTORE) from None
+            try:
+                for _, start, size, at in objects:
+                    if os.preadv(descriptor, [out[at : at + size]], start) != size:
+                        raise IntegrityError("object is cut short", where=where, fix=RESTORE)
+            except OSError as error:
+                raise StorageError(f"can't be read: {error.strerror}", where=where) from error
+            finally:
+                os.close(descriptor)
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, or None if there is none."""
