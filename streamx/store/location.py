@@ -109,7 +109,7 @@ class Location:
                 raise IntegrityError("object is missing", where=where, fix=RESTORE) from None
             try:
                 for _, start, size, at in objects:
-                    if os.preadv(descriptor, [out[at : at + size]], start) != size:
+                    if os.preadv(descriptor, [out[at : at + size].data], start) != size:
                         raise IntegrityError("object is cut short", where=where, fix=RESTORE)
             except OSError as error:
                 raise StorageError(f"can't be read: {error.strerror}", where=where) from error
