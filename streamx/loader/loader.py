@@ -5,51 +5,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy import sparse
 
 from streamx.config import parse_bytes
 from streamx.errors import ResourceError, UsageError
-from streamx.loader.plan import BLOCK_ROWS, BLOCKS_PER_FETCH, UNIT_ROWS, Plan, make_plan
-from streamx.loader.prefetch import prefetched
-from streamx.loader.transform import Transform, apply_transform, dense, dense_tensor, tensor
+from streamx.loader.deliver import OUTPUTS, Block, Delivery, Minibatch
+from streamx.loader.plan import BLOCK_ROWS, BLOCKS_PER_FETCH, Plan, make_plan
+from streamx.loader.prefetch import Pool, prefetched
+from streamx.loader.rows import Rows, selection, to_read
+from streamx.loader.transform import Transform
 from streamx.store.collection import Collection, open_collection
+from streamx.store.layout import index_dtype
 
 TOTAL = "_streamx_total"
-
-
-@dataclass(frozen=True)
-class Minibatch:
-    """Cells for one step; numpy arrays, or tensors on the loader's device.
-
-    Attributes
-    ----------
-    x_ng
-        What the model sees, float32 (n, n_genes).
-    batch_n
-        Batch code of each cell, int64.
-    row_n
-        Row of the collection of each cell, int64.
-    total_n
-        The cell's total before features were selected, float32 (views; else None).
-    obsm
-        Further modalities: name -> (n, n_features) float32.
-    """
-
-    x_ng: Any
-    batch_n: Any
-    row_n: Any
-    total_n: Any
-    obsm: dict[str, Any]
-
-    def __len__(self) -> int:
-        return len(self.row_n)
+GROUP_BYTES = 4_000_000  # of minibatches that are made at once: they stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -58,33 +32,33 @@ class Budget:
 
     Attributes
     ----------
-    fetch
-        One fetch as it waits for its turn.
+    fetch, fetches
+        One fetch as it waits for its turn, as it is stored; how many are held.
     making
-        What making a fetch takes on top.
-    minibatch
-        One dense minibatch.
+        What making fetches takes on top.
+    group, groups
+        Minibatches that are made at once; how many such groups are held.
     rows
         What is kept per row of the collection.
-    waiting
-        Fetches that are held at once.
     """
 
     fetch: int
+    fetches: int
     making: int
-    minibatch: int
+    group: int
+    groups: int
     rows: int
-    waiting: int
 
     @property
     def nbytes(self) -> int:
-        return self.fetch * self.waiting + self.making + 2 * self.minibatch + self.rows
+        return self.fetch * self.fetches + self.group * self.groups + self.making + self.rows
 
 
 class Loader:
     """Minibatches of a view or store, in an order that depends on (seed, epoch) alone.
 
-    Iterating gives one epoch; iterating again gives the next one. ``loader.at(epoch)`` is the pure form.
+    Iterating gives one epoch, or what is left of it after :meth:`load_state_dict`; iterating again gives the
+    next one. ``loader.at(epoch, minibatch)`` is the pure form.
 
     Parameters
     ----------
@@ -94,8 +68,20 @@ class Loader:
         Cells per minibatch.
     order, shares, drop_last
         See :func:`streamx.loader.plan.make_plan`.
+    stratify
+        With ``order="stratified"`` (or ``weights="balanced"``): obs column that takes the batch's place.
+    weights
+        Draw rows with replacement: float (n_obs,), how often each is drawn, relative to others; or
+        ``"balanced"``, so that every batch (or value of `stratify`) is drawn equally often. Draws of an epoch
+        are made once, sorted, and read in blocks.
+    n_samples
+        With `weights`: draws per epoch (default: one per selected row).
     seed, epoch
         What the order depends on.
+    rank, world
+        Of `world` processes, this is number `rank`: it gets every `world`-th minibatch of the epoch.
+    output
+        ``dense``, ``scipy``, ``csr`` or ``compact``: see :class:`streamx.loader.deliver.Delivery`.
     transform
         Apply the view's declared transform; False gives the stored values.
     rows
@@ -107,7 +93,7 @@ class Loader:
     memory
         Bytes that the loader may use.
     device
-        ``"cpu"``, ``"cuda"``: give tensors there. None: numpy arrays.
+        ``"cpu"``, ``"cuda"``: give tensors there (``dense``). None: numpy arrays.
     block_rows, blocks_per_fetch
         Contiguous rows that are shuffled as a unit, and blocks read together: the order depends on them.
 
@@ -123,10 +109,16 @@ class Loader:
         minibatch_size: int = 64,
         *,
         order: str = "shuffled",
+        stratify: str | None = None,
+        weights: Any = None,
+        n_samples: int | None = None,
         seed: int = 0,
         epoch: int = 0,
+        rank: int = 0,
+        world: int = 1,
         drop_last: bool = False,
         shares: str = "proportional",
+        output: str = "dense",
         transform: bool = True,
         rows: Any = None,
         prefetch: int = 2,
@@ -136,98 +128,191 @@ class Loader:
         block_rows: int = BLOCK_ROWS,
         blocks_per_fetch: int = BLOCKS_PER_FETCH,
     ) -> None:
+        if output not in OUTPUTS:
+            raise UsageError(f"output {output!r}", fix=f"one of {', '.join(OUTPUTS)}")
         self.view = view if isinstance(view, Collection) else open_collection(view)
         self.order, self.shares, self.drop_last = order, shares, drop_last
-        self.minibatch_size, self.seed, self.epoch = minibatch_size, seed, epoch
-        self.prefetch, self.threads, self.device = prefetch, threads, device
+        self.minibatch_size, self.seed, self.epoch, self.start = minibatch_size, seed, epoch, 0
+        self.rank, self.world = rank, world
+        self.output, self.prefetch, self.threads, self.device = output, prefetch, threads, device
         self.block_rows, self.blocks_per_fetch = block_rows, blocks_per_fetch
         declared = self.view.view["transform"] if transform and self.view.view else None
         self.transform = Transform.of(declared)
-        self._scale_bg = self.view.scale_bg if self.transform.scale else None
-        self._rows = _selection(rows, self.view.n_obs)
-        self._batch_n = self.view.batch_codes[self._rows]
+        scale_bg = self.view.scale_bg if self.transform.scale else None
+        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device)
+        chosen = selection(rows, self.view.n_obs)
+        self._strata_n = None if stratify is None else _codes(self.view, stratify)
+        self._rows = Rows(self.view.batch_runs, chosen, self._weights(weights, chosen), n_samples, seed)
         self._total_n = self._totals()
-        self.budget = self._plan_memory(self.plan(), parse_bytes(memory))
+        self.budget = self._plan_memory(parse_bytes(memory))
+        self._pool = Pool(2 * (self.budget.fetches + max(1, threads)))
+        self._cursor = (epoch, 0)
 
     def plan(self, epoch: int | None = None) -> Plan:
-        """The order of an epoch (default: the next one), in positions among the selected rows."""
+        """The order of an epoch (default: the next one), in positions among the selected rows.
+
+        ``plan().nbytes`` is the memory that the loader needs.
+        """
+        return replace(self._make_plan(self.epoch if epoch is None else epoch), nbytes=self.budget.nbytes)
+
+    def at(self, epoch: int, minibatch: int = 0) -> Loader:
+        """The same loader in an epoch, before the minibatch of this number (counted over all ranks)."""
+        loader = copy(self)
+        loader.epoch, loader.start = epoch, minibatch
+        loader._cursor = (epoch, minibatch)
+        return loader
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the iteration is: after the last minibatch given, and as many on every other rank."""
+        epoch, minibatch = self._cursor
+        return {"epoch": epoch, "minibatch": minibatch, "order": self._identity()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on there, on any number of ranks; nothing is read for it.
+
+        Raises
+        ------
+        UsageError
+            If the state is that of a loader with another order of minibatches.
+        """
+        own, theirs = self._identity(), dict(state["order"])
+        other = [name for name in own if own[name] != theirs.get(name)]
+        if other:
+            raise UsageError(
+                f"the state is of a loader with another {other[0]} ({theirs.get(other[0])!r}, here "
+                f"{own[other[0]]!r})",
+                fix="make the loader with the same view and settings",
+            )
+        self.epoch, self.start = int(state["epoch"]), int(state["minibatch"])
+        self._cursor = (self.epoch, self.start)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of an epoch."""
+        return self._rows.n
+
+    def __len__(self) -> int:
+        return self.plan().n_own
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        plan = self.plan()
+        self._cursor = (self.epoch, self.start)
+        self.epoch, self.start = self.epoch + 1, 0
+        return self._minibatches(plan)
+
+    def _minibatches(self, plan: Plan) -> Iterator[Minibatch]:
+        n_own, given = plan.n_own, 0
+        rows = self._rows.of_epoch(plan.epoch)
+        numbers = range(plan.fetch_of(plan.start), plan.n_fetches)
+        blocks = prefetched(
+            (partial(self._read, plan, rows, number) for number in numbers), self.prefetch, self.threads
+        )
+        groups = prefetched(self._groups(blocks), self.prefetch)
+        with closing(blocks), closing(groups):
+            for minibatches, arrive in groups:
+                if arrive is not None:
+                    arrive()
+                for minibatch in minibatches:
+                    given += 1
+                    done = given == n_own
+                    self._cursor = (
+                        (plan.epoch + 1, 0) if done else (plan.epoch, plan.start + given * plan.world)
+                    )
+                    yield minibatch
+                del minibatches, minibatch  # before the next ones are asked for
+
+    def _groups(self, blocks: Iterator[Block]) -> Iterator[Callable[[], Any]]:
+        """What makes each few minibatches of the blocks."""
+        for block in blocks:
+            for low, high in block.groups(self._group_rows):
+                yield partial(self._delivery.make, block, low, high)
+            del block  # before the next one is asked for
+
+    def _read(self, plan: Plan, rows: slice | np.ndarray, number: int) -> Block:
+        """Read a fetch, its rows in their order (on a background thread)."""
+        fetch = plan.fetch(number)
+        positions = [np.arange(low, high) for low, high in fetch.ranges]
+        position_n = np.concatenate([*positions, np.zeros(0, np.int64)])[fetch.order]
+        ranges, keep = to_read(rows, fetch.ranges)
+        order = fetch.order if keep is None else keep[fetch.order]
+        row_n = position_n + rows.start if isinstance(rows, slice) else rows[position_n]
+        indptr, indices, data = self._gather(ranges, order)
+        bounds, code_r = self.view.batch_runs
+        return Block(
+            indptr,
+            indices,
+            data,
+            batch_n=code_r[np.searchsorted(bounds, row_n, side="right") - 1].astype(np.int64),
+            row_n=row_n,
+            total_n=None if self._total_n is None else self._total_n[row_n],
+            obsm={
+                name: np.concatenate([self.view.read_obsm(name, low, high) for low, high in ranges])[order]
+                for name in self.view.modalities
+            },
+            cuts=fetch.cuts,
+        )
+
+    def _gather(
+        self, ranges: list[tuple[int, int]], order: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows as they are stored; with replacement, each is read once."""
+        genes = index_dtype(self.view.n_vars)
+        if not self._rows.repeats:
+            return self.view.gather(ranges, order, genes, "stored", self._pool)
+        from streamx.loader.kernels import take_rows
+
+        once, times = np.unique(order, return_inverse=True)
+        indptr, indices, data = self.view.gather(ranges, once, genes, "stored", self._pool)
+        ends = np.concatenate([[0], np.cumsum(np.diff(indptr)[times])])
+        taken = self._pool(int(ends[-1]), indices.dtype), self._pool(int(ends[-1]), data.dtype)
+        take_rows(indptr, indices, data, times, ends, *taken)
+        return ends, *taken
+
+    # -- settings --------------------------------------------------------------------------------------
+
+    def _make_plan(self, epoch: int) -> Plan:
         return make_plan(
-            self._batch_n,
+            self._rows.runs(epoch),
             order=self.order,
             minibatch_size=self.minibatch_size,
             seed=self.seed,
-            epoch=self.epoch if epoch is None else epoch,
+            epoch=epoch,
+            start=self.start,
+            rank=self.rank,
+            world=self.world,
             drop_last=self.drop_last,
             shares=self.shares,
+            strata_n=None if self._strata_n is None else self._rows.pick(self._strata_n, epoch),
             block_rows=self.block_rows,
             blocks_per_fetch=self.blocks_per_fetch,
         )
 
-    def at(self, epoch: int) -> Loader:
-        """The same loader at the beginning of an epoch."""
-        loader = copy(self)
-        loader.epoch = epoch
-        return loader
+    def _identity(self) -> dict[str, Any]:
+        """What the order of minibatches depends on, but for epoch and ranks."""
+        names = ("order", "shares", "minibatch_size", "seed", "drop_last", "block_rows", "blocks_per_fetch")
+        return {"n_rows": self.n_rows} | {name: getattr(self, name) for name in names}
 
-    @property
-    def n_rows(self) -> int:
-        """Selected rows."""
-        return len(self._batch_n)
-
-    def __len__(self) -> int:
-        return self.plan().n_minibatches
-
-    def __iter__(self) -> Iterator[Minibatch]:
-        plan = self.plan()
-        self.epoch += 1
-        return self._minibatches(plan)
-
-    def _minibatches(self, plan: Plan) -> Iterator[Minibatch]:
-        tasks = [partial(self._make, plan, number) for number in range(plan.n_fetches)]
-        with closing(prefetched(tasks, self.prefetch, self.threads)) as fetched:
-            for block in fetched:
-                for start, stop in pairwise(block.cuts.tolist()):
-                    yield self._deliver(block, start, stop)
-                del block  # before the next one is asked for
-
-    def _make(self, plan: Plan, number: int) -> _Block:
-        """Read a fetch, bring its rows into order, transform them (on a background thread)."""
-        fetch = plan.fetch(number)
-        ranges, keep = _to_read(self._rows, fetch.ranges)
-        order = fetch.order if keep is None else keep[fetch.order]
-        position_n = np.concatenate([np.arange(low, high) for low, high in fetch.ranges])[fetch.order]
-        x_ng = self.view.fetch(ranges)[order]
-        batch_n = self._batch_n[position_n].astype(np.int64)
-        total_n = None if self._total_n is None else self._total_n[position_n]
-        apply_transform(x_ng, self.transform, total_n=total_n, batch_n=batch_n, scale_bg=self._scale_bg)
-        obsm = {
-            name: np.concatenate([self.view.read_obsm(name, low, high) for low, high in ranges])[order]
-            for name in self.view.modalities
-        }
-        chosen = self._rows
-        row_n = position_n + chosen.start if isinstance(chosen, slice) else chosen[position_n]
-        return _Block(x_ng, batch_n, row_n, total_n, obsm, fetch.cuts)
-
-    def _deliver(self, block: _Block, start: int, stop: int) -> Minibatch:
-        part = slice(start, stop)
-        give: Callable[[np.ndarray], Any] = np.asarray
-        x_ng: Any
-        if self.device is None:
-            x_ng = dense(block.x_ng, start, stop)
-        else:
-            x_ng = dense_tensor(block.x_ng, start, stop, self.device)
-            give = partial(tensor, device=self.device)
-        return Minibatch(
-            x_ng=x_ng,
-            batch_n=give(block.batch_n[part]),
-            row_n=give(block.row_n[part]),
-            total_n=None if block.total_n is None else give(block.total_n[part]),
-            obsm={name: give(values[part]) for name, values in block.obsm.items()},
-        )
+    def _weights(self, weights: Any, chosen: slice | np.ndarray) -> np.ndarray | None:
+        if weights is None:
+            return None
+        if isinstance(weights, str):
+            if weights != "balanced":
+                raise UsageError(f"weights {weights!r}", fix="'balanced', or one number per cell")
+            code_n = self._strata_n if self._strata_n is not None else self.view.batch_codes
+            code_n = code_n[chosen]
+            size = np.bincount(code_n[code_n >= 0])
+            return np.where(code_n >= 0, 1 / np.maximum(size, 1)[np.maximum(code_n, 0)], 0.0)
+        weight_n = np.asarray(weights, dtype=np.float64)
+        n = self.view.n_obs
+        if weight_n.shape != (n,) or not (np.isfinite(weight_n).all() and (weight_n >= 0).all()):
+            raise UsageError(
+                "weights are not one number, 0 or more, per cell", fix=f"an array of shape ({n},)"
+            )
+        return weight_n[chosen]
 
     def _totals(self) -> np.ndarray | None:
         if TOTAL in self.view.obs_columns:
-            return self.view.obs_column(TOTAL).to_numpy(np.float32)[self._rows]
+            return self.view.obs_column(TOTAL).to_numpy(np.float32)
         if self.transform.target_sum is not None:
             raise UsageError(
                 f"the transform scales cells to a total, but there is no obs column {TOTAL!r}",
@@ -236,77 +321,56 @@ class Loader:
             )
         return None
 
-    def _plan_memory(self, plan: Plan, limit: int) -> Budget:
-        per_row = -(-self.view.nnz // max(self.view.n_obs, 1))
-        width = sum(len(m["names"]) for m in self.view.modalities.values())
-        rows = plan.max_fetch_rows
-        # As it waits: float32 values, int32 columns, per row batch, row and total. In the making: a copy.
-        fetch = rows * (8 * per_row + 4 * width + 28)
-        making = rows * (9 * per_row + 4 * width + 24)
-        budget = Budget(
-            fetch=fetch,
-            making=making * max(1, min(self.threads, self.prefetch)),
-            minibatch=self.minibatch_size * (self.view.n_vars * 4 + 16 * per_row + 4 * width),
-            rows=self.n_rows * 8,
-            waiting=min(self.prefetch + 1, plan.n_fetches),
+    @property
+    def _per_row(self) -> tuple[int, int]:
+        """Bytes of a row as it is stored, and as it is delivered; on average."""
+        view = self.view
+        nnz = -(-view.nnz // max(view.n_obs, 1))
+        width = 4 * sum(len(m["names"]) for m in view.modalities.values()) + 28
+        stored = nnz * (index_dtype(view.n_vars).itemsize + view.value_dtype.itemsize)
+        made = {"dense": 4 * view.n_vars, "compact": 0}.get(self.output, 8 * nnz)
+        return stored + width, made + width
+
+    @property
+    def _group_rows(self) -> int:
+        return max(1, GROUP_BYTES // self._per_row[1])
+
+    def _needed(self, blocks_per_fetch: int) -> Budget:
+        """Memory with fetches of so many blocks."""
+        plan = replace(self._make_plan(self.epoch), fetch_rows=self.block_rows * blocks_per_fetch)
+        stored, made = self._per_row
+        rows, ahead = plan.max_fetch_rows, self.prefetch + 1
+        group_rows = min(max(self.minibatch_size, self._group_rows), rows)
+        kept = 0 if isinstance(self._rows.chosen, slice) and self._rows.weight_n is None else 16 * self.n_rows
+        kept += sum(0 if a is None else a.nbytes for a in (self._total_n, self._strata_n))
+        return Budget(
+            fetch=rows * stored,
+            fetches=min(ahead + 1, plan.n_fetches),  # one more is being taken apart
+            making=rows * (stored + 48) * max(1, min(self.threads, self.prefetch)),
+            group=group_rows * made,
+            groups=min(ahead, plan.n_fetches * -(-rows // max(group_rows, 1))),
+            rows=kept,
         )
+
+    def _plan_memory(self, limit: int) -> Budget:
+        budget = self._needed(self.blocks_per_fetch)
         if budget.nbytes > limit:
-            spare = (limit - budget.minibatch * 2 - budget.rows) / (
-                budget.nbytes - budget.minibatch * 2 - budget.rows
-            )
-            fewer = int(self.blocks_per_fetch * spare)
             fix = f"--memory {-(-budget.nbytes // 10**6)}MB"
-            if fewer > 0:
+            fewer = next(
+                (n for n in range(self.blocks_per_fetch - 1, 0, -1) if self._needed(n).nbytes <= limit), None
+            )
+            if fewer:
                 fix += f", or Loader(blocks_per_fetch={fewer})"
             raise ResourceError(
-                f"the loader needs {budget.nbytes / 1e6:,.0f} MB ({budget.waiting} fetches of "
-                f"{fetch / 1e6:,.0f} MB, each {rows:,} cells), the limit is {limit / 1e6:,.0f} MB",
+                f"the loader needs {budget.nbytes / 1e6:,.1f} MB ({budget.fetches} fetches of "
+                f"{budget.fetch / 1e6:,.1f} MB), the limit is {limit / 1e6:,.1f} MB",
                 where=str(self.view.path),
                 fix=fix,
             )
         return budget
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A fetch in the order of delivery."""
-
-    x_ng: sparse.csr_matrix
-    batch_n: np.ndarray
-    row_n: np.ndarray
-    total_n: np.ndarray | None
-    obsm: dict[str, np.ndarray]
-    cuts: np.ndarray
-
-
-def _selection(rows: Any, n: int) -> slice | np.ndarray:
-    """None, (start, stop) or a bool mask -> a slice or ascending int64 rows.
-
-    Raises
-    ------
-    UsageError
-        If it does not fit the collection.
-    """
-    if rows is None:
-        return slice(0, n)
-    if isinstance(rows, tuple) and len(rows) == 2:
-        start, stop = int(rows[0]), int(rows[1])
-        if 0 <= start <= stop <= n:
-            return slice(start, stop)
-    else:
-        mask = np.asarray(rows)
-        if mask.dtype == bool and mask.shape == (n,):
-            return np.flatnonzero(mask)
-    raise UsageError("rows is neither a pair (start, stop) nor a mask", fix=f"a bool array of shape ({n},)")
-
-
-def _to_read(rows: slice | np.ndarray, ranges: np.ndarray) -> tuple[list[tuple[int, int]], np.ndarray | None]:
-    """Ranges of selected rows -> ranges of the collection, and which of the rows read are wanted."""
-    if isinstance(rows, slice):
-        return [(int(low) + rows.start, int(high) + rows.start) for low, high in ranges], None
-    wanted = np.concatenate([rows[low:high] for low, high in ranges])
-    gaps = np.flatnonzero(np.diff(wanted) > UNIT_ROWS)  # smaller ones cost less to read than to leave out
-    low, high = wanted[np.append(0, gaps + 1)], wanted[np.append(gaps, len(wanted) - 1)] + 1
-    before = np.cumsum(high - low) - (high - low)
-    piece = np.searchsorted(low, wanted, side="right") - 1
-    return list(zip(low.tolist(), high.tolist(), strict=True)), wanted - low[piece] + before[piece]
+def _codes(view: Collection, name: str) -> np.ndarray:
+    """Codes of an obs column's values, int (n_obs,); -1 where there is none."""
+    codes = view.obs_column(name).astype("category").cat.codes
+    return np.asarray(codes)

@@ -1,30 +1,35 @@
 """Which rows are read together, and in which order they become minibatches: pure functions over numpy arrays.
 
 A plan depends on (seed, epoch) and on where each batch's rows lie; never on threads, prefetch or memory.
-Rows of a collection are grouped by batch and were shuffled once inside each batch when it was written, so
+Rows of a collection lie in runs of one batch and were shuffled once inside each batch when it was written, so
 reading blocks of contiguous rows is cheap and nearly random already. A plan
 
-1. cuts each batch's rows into blocks and puts these in a random order,
+1. cuts each run into blocks and puts each batch's blocks in a random order,
 2. cuts that sequence into small units and merges the batches' units in proportion to their sizes,
-3. cuts the merged sequence into fetches (8,192 rows and more), which are read at once,
-4. orders the rows of each fetch: at random, by batch, or with each batch's share in every minibatch.
+3. cuts the merged sequence into fetches (16,384 rows), which are read at once,
+4. orders the rows of each fetch: at random, by batch, or with each group's share in every minibatch.
 
-Steps 1-3 happen once per epoch on arrays of about n/64 entries; step 4 when a fetch is due.
+Only step 1 is done for the whole epoch, on arrays of n/1024 entries. Where the merged sequence of step 2 is
+at a given row is computed when it is asked for (:meth:`Plan.fetch`), so a billion cells are planned in a
+second, and an epoch is entered anywhere as quickly as at its beginning.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from streamx.errors import UsageError
 
 ORDERS = ("shuffled", "by_batch", "stratified", "sequential")
-BLOCK_ROWS = 512
-BLOCKS_PER_FETCH = 32
+BLOCK_ROWS = 1024
+BLOCKS_PER_FETCH = 16
 UNIT_ROWS = 64  # what a store keeps in one chunk: cutting finer decodes chunks twice
 LEAST_UNIT_ROWS = 16  # of a batch that is too small to reach all fetches otherwise
+_SEARCHED = 4  # units per batch that are sorted to find a place in the merged sequence
+
+Runs = tuple[np.ndarray, np.ndarray]  # bounds int64 (n_runs + 1,), batch codes (n_runs,)
 
 
 @dataclass(frozen=True)
@@ -36,98 +41,237 @@ class Fetch:
     ranges
         int64 (n_ranges, 2): row ranges to read one after the other, ascending, disjoint.
     order
-        int64 (n_rows,): position among the rows read of each row delivered.
+        int64: position among the rows read of each row delivered.
     cuts
-        int64: minibatch i holds the delivered rows ``cuts[i]:cuts[i + 1]``.
+        int64: minibatch i of the fetch holds the delivered rows ``cuts[i]:cuts[i + 1]``.
+    first
+        Number, within the epoch, of minibatch 0 of the fetch.
     """
 
     ranges: np.ndarray
     order: np.ndarray
     cuts: np.ndarray
+    first: int
+
+
+@dataclass(frozen=True)
+class _Batches:
+    """Every batch's blocks in the order of an epoch, one batch after the other, and how they are merged.
+
+    Attributes
+    ----------
+    start_k, offset_k
+        First row of each block; rows before it in this order (one more entry: all rows).
+    code_b, base_b, rows_b
+        Batch code; rows before the batch in this order; rows of the batch.
+    unit_b, phase_b
+        Rows per unit; in [0, 1), when the first unit comes.
+    equal
+        Units come in turns and not in proportion to the batches' sizes.
+    """
+
+    start_k: np.ndarray
+    offset_k: np.ndarray
+    code_b: np.ndarray
+    base_b: np.ndarray
+    rows_b: np.ndarray
+    unit_b: np.ndarray
+    phase_b: np.ndarray
+    equal: bool
+
+    @property
+    def units_b(self) -> np.ndarray:
+        return -(-self.rows_b // self.unit_b)
+
+    def key(self, b: np.ndarray, unit: np.ndarray) -> np.ndarray:
+        """When unit number `unit` of batch b comes: its place in the epoch, or its turn."""
+        key = unit + self.phase_b[b]
+        return key if self.equal else key / self.units_b[b]
+
+    def units_before(self, key: float) -> np.ndarray:
+        """Units of each batch that come before a key, int64 (n_batches,)."""
+        every = np.arange(len(self.rows_b))
+        count_b = np.ceil((key if self.equal else key * self.units_b) - self.phase_b).astype(np.int64)
+        # the product is rounded otherwise than the quotient that makes keys
+        count_b -= self.key(every, count_b - 1) >= key
+        count_b += self.key(every, count_b) < key
+        return np.clip(count_b, 0, self.units_b)
+
+    def rows_before(self, units_b: np.ndarray) -> np.ndarray:
+        """Rows of each batch in its first units."""
+        return np.minimum(units_b * self.unit_b, self.rows_b)
+
+    def cut(self, offset: int, *, whole: bool) -> np.ndarray:
+        """Rows of each batch among the first `offset` rows of the merged sequence, int64 (n_batches,).
+
+        Parameters
+        ----------
+        whole
+            Cut no unit: take each that begins before `offset` to its end.
+        """
+        if offset <= 0:
+            return np.zeros_like(self.rows_b)
+        if offset >= self.rows_b.sum():
+            return self.rows_b.copy()
+        low, high = 0.0, float(self.units_b.max() + 1) if self.equal else 1.0
+        low_b, high_b = self.units_before(low), self.units_b
+        while (high_b - low_b).sum() > _SEARCHED * len(self.rows_b):
+            middle = (low + high) / 2
+            if middle in (low, high):  # that many units come at once
+                break
+            middle_b = self.units_before(middle)
+            if self.rows_before(middle_b).sum() <= offset:
+                low, low_b = middle, middle_b
+            else:
+                high, high_b = middle, middle_b
+        count_b = high_b - low_b
+        b = np.repeat(np.arange(len(count_b)), count_b)
+        unit = np.arange(len(b)) - np.repeat(np.cumsum(count_b) - count_b - low_b, count_b)
+        turn = np.lexsort((b, self.key(b, unit)))
+        b, unit = b[turn], unit[turn]
+        size = np.minimum((unit + 1) * self.unit_b[b], self.rows_b[b]) - unit * self.unit_b[b]
+        rows_b = self.rows_before(low_b)
+        before = rows_b.sum() + np.cumsum(size) - size
+        taken = np.where(before < offset, size if whole else np.minimum(size, offset - before), 0)
+        return rows_b + np.bincount(b, weights=taken, minlength=len(rows_b)).astype(np.int64)
+
+    def pieces(self, low_b: np.ndarray, high_b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """start, stop, batch position of the rows low_b..high_b of each batch, cut at blocks."""
+        some = np.flatnonzero(high_b > low_b)
+        low, high = self.base_b[some] + low_b[some], self.base_b[some] + high_b[some]
+        first = np.searchsorted(self.offset_k, low, side="right") - 1
+        count = np.searchsorted(self.offset_k, high, side="left") - first
+        which = np.repeat(np.arange(len(some)), count)
+        block = np.repeat(first - (np.cumsum(count) - count), count) + np.arange(len(which))
+        begin = np.maximum(low[which], self.offset_k[block])
+        end = np.minimum(high[which], self.offset_k[block + 1])
+        start = self.start_k[block] + begin - self.offset_k[block]
+        return start, start + end - begin, some[which]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch: pieces of rows in reading order, grouped into fetches.
+    """An epoch as a function: fetch number -> what it reads and delivers.
 
     Attributes
     ----------
-    start, stop, batch
-        int64 (n_pieces,): rows of each piece and their batch code.
-    first
-        int64 (n_fetches + 1,): the pieces of fetch f are ``first[f]:first[f + 1]``.
+    n_rows, n_fetches
+        Of the epoch.
+    fetch_rows
+        Rows of a fetch (the last: fewer; ``by_batch``: within a unit per batch).
+    start, rank, world
+        This plan delivers every ``world``-th minibatch of the epoch, from number ``start + rank`` on.
+    strata_n
+        For ``stratified``: a code per row to share out instead of the batch; None: the batch.
+    nbytes
+        Memory that a loader needs to carry it out, where one made it.
     """
 
-    start: np.ndarray
-    stop: np.ndarray
-    batch: np.ndarray
-    first: np.ndarray
+    n_rows: int
+    fetch_rows: int
     order: str
-    shares: str
     minibatch_size: int
     drop_last: bool
     seed: int
     epoch: int
+    shares: str = "proportional"
+    start: int = 0
+    rank: int = 0
+    world: int = 1
+    strata_n: np.ndarray | None = field(default=None, repr=False)
+    nbytes: int = 0
+    batches: _Batches | None = field(default=None, repr=False)
 
     @property
     def n_fetches(self) -> int:
-        return len(self.first) - 1
-
-    @property
-    def n_rows(self) -> int:
-        return int((self.stop - self.start).sum())
+        return -(-self.n_rows // self.fetch_rows)
 
     @property
     def max_fetch_rows(self) -> int:
-        """Rows of the largest fetch."""
-        ends = np.concatenate([[0], np.cumsum(self.stop - self.start)])[self.first]
-        return int(np.diff(ends).max(initial=0))
-
-    @property
-    def _whole(self) -> int:
-        """Minibatches that are full."""
-        if self.order != "by_batch":
-            return self.n_rows // self.minibatch_size
-        rows_b = np.bincount(self.batch, weights=self.stop - self.start).astype(np.int64)
-        return int((rows_b // self.minibatch_size).sum())
-
-    @property
-    def _drops(self) -> bool:
-        return self.drop_last and self._whole > 0
+        """Rows of the largest fetch, at most."""
+        more = 0
+        if self.order == "by_batch" and self.batches is not None:
+            more = int(self.batches.unit_b.max(initial=0))
+        return min(self.n_rows, self.fetch_rows + more)
 
     @property
     def n_minibatches(self) -> int:
-        if self._drops:
-            return self._whole
+        """Of the whole epoch, over all ranks."""
+        return self._before(self.n_fetches)
+
+    @property
+    def n_own(self) -> int:
+        """Minibatches of this rank; with `drop_last` every rank has equally many."""
+        left = max(0, self.n_minibatches - self.start)
+        return left // self.world if self.drop_last else max(0, -(-(left - self.rank) // self.world))
+
+    def fetch_of(self, minibatch: int) -> int:
+        """The fetch that holds a minibatch of the epoch, by its number."""
         if self.order != "by_batch":
-            return -(-self.n_rows // self.minibatch_size)
-        rows_b = np.bincount(self.batch, weights=self.stop - self.start).astype(np.int64)
-        return int((-(-rows_b // self.minibatch_size)).sum())
+            return min(minibatch * self.minibatch_size // self.fetch_rows, self.n_fetches)
+        low, high = 0, self.n_fetches
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self._before(middle) <= minibatch else (low, middle - 1)
+        return low
 
     def fetch(self, number: int) -> Fetch:
         """What fetch ``number`` reads and delivers."""
-        pieces = slice(int(self.first[number]), int(self.first[number + 1]))
-        start, stop, batch = self.start[pieces], self.stop[pieces], self.batch[pieces]
-        by_row = np.argsort(start, kind="stable")
+        low, high = number * self.fetch_rows, min((number + 1) * self.fetch_rows, self.n_rows)
+        size = self.minibatch_size
+        first, last = self._before(number), self._before(number + 1)
+        if self.batches is None:
+            cuts = np.append(np.arange(0, high - low, size), high - low)[: last - first + 1]
+            return self._own(Fetch(np.array([[low, high]]), np.arange(high - low), cuts, first))
+        whole = self.order == "by_batch"
+        start, stop, batch = self.batches.pieces(
+            self.batches.cut(low, whole=whole), self.batches.cut(high, whole=whole)
+        )
+        by_row = np.argsort(start)
         start, stop, batch = start[by_row], stop[by_row], batch[by_row]
         rows = stop - start
-        n = int(rows.sum())
-        apart = np.concatenate([[True], start[1:] != stop[:-1]])
-        ranges = np.stack([start[apart], stop[np.append(apart[1:], True)]], axis=1)
-        size = self.minibatch_size
-        cuts = np.append(np.arange(0, n, size), n)
-        if self.order == "sequential":
-            order = np.arange(n)
+        apart = np.flatnonzero(np.append(start, 0)[1:-1] != stop[:-1]) + 1
+        first_piece, last_piece = np.append(0, apart)[: len(start)], np.append(apart, len(start)) - 1
+        ranges = np.stack([start[first_piece], stop[last_piece[: len(start)]]], axis=1)
+        order = permutation(int(rows.sum()), self.seed, self.epoch, number + 1)
+        if self.order == "shuffled":
+            cuts = np.append(np.arange(0, len(order), size), len(order))[: last - first + 1]
         else:
-            order = permutation(n, self.seed, self.epoch, number + 1)
             batch_n = np.repeat(batch, rows)[order]
-            if self.order == "stratified":
-                order = order[_spread(batch_n, self.shares)]
-            elif self.order == "by_batch":
+            if whole:
                 order, cuts = self._one_batch_each(order, batch_n, number)
-        if self._drops and self.order != "by_batch":
-            cuts = cuts[: n // size + 1]
-        return Fetch(ranges, order, cuts.astype(np.int64))
+            else:
+                if self.strata_n is not None:
+                    batch_n = np.concatenate([self.strata_n[a:b] for a, b in ranges])[order]
+                order = order[spread(batch_n, self.shares)]
+                cuts = np.append(np.arange(0, len(order), size), len(order))[: last - first + 1]
+        return self._own(Fetch(ranges, order, cuts, first))
+
+    def _own(self, fetch: Fetch) -> Fetch:
+        """The rows of this rank's minibatches alone."""
+        number = fetch.first - self.start + np.arange(len(fetch.cuts) - 1)
+        own = np.flatnonzero((number >= 0) & (number % self.world == self.rank))
+        own = own[number[own] // self.world < self.n_own]
+        if len(own) == len(number):
+            return fetch
+        sizes = fetch.cuts[own + 1] - fetch.cuts[own]
+        keep = np.repeat(fetch.cuts[own] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+        cuts = np.concatenate([[0], np.cumsum(sizes)])
+        return replace(fetch, order=fetch.order[keep], cuts=cuts)
+
+    def _before(self, fetch: int) -> int:
+        """Minibatches of the epoch before a fetch."""
+        rows, size = min(fetch * self.fetch_rows, self.n_rows), self.minibatch_size
+        if self.order != "by_batch" or self.batches is None:
+            return rows // size if self._drops else -(-rows // size)
+        rows_b = self.batches.cut(rows, whole=True)
+        return int((rows_b // size if self._drops else -(-rows_b // size)).sum())
+
+    @property
+    def _drops(self) -> bool:
+        """Leave minibatches out that are not full, unless none would be left."""
+        rows_b = self.n_rows if self.order != "by_batch" or self.batches is None else self.batches.rows_b
+        return self.drop_last and bool(np.any(rows_b >= self.minibatch_size))
 
     def _one_batch_each(
         self, order: np.ndarray, batch_n: np.ndarray, number: int
@@ -147,14 +291,18 @@ class Plan:
 
 
 def make_plan(
-    batch_n: np.ndarray,
+    runs: Runs,
     *,
     order: str = "shuffled",
     minibatch_size: int = 64,
     seed: int = 0,
     epoch: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world: int = 1,
     drop_last: bool = False,
     shares: str = "proportional",
+    strata_n: np.ndarray | None = None,
     block_rows: int = BLOCK_ROWS,
     blocks_per_fetch: int = BLOCKS_PER_FETCH,
 ) -> Plan:
@@ -162,16 +310,21 @@ def make_plan(
 
     Parameters
     ----------
-    batch_n
-        Batch code of each row, integer (n_rows,); equal codes lie together in long runs.
+    runs
+        Where each batch's rows lie: bounds of the runs, int64 (n_runs + 1,), and the batch code of each.
     order
         ``shuffled`` mixes rows of all batches; ``by_batch`` takes each minibatch from a single batch (the
         last of a batch may be smaller); ``stratified`` gives each minibatch its share of every batch;
         ``sequential`` keeps the row order. All deliver each row exactly once.
+    start, rank, world
+        Deliver only the minibatches m of the epoch with ``m >= start`` and ``(m - start) % world == rank``:
+        the ranks' minibatches, taken in turns, are the epoch's from `start` on.
     drop_last
         Leave minibatches that are not full out, unless none would be left.
     shares
         For ``stratified``: ``proportional`` to the batches' sizes, or ``equal`` for as long as a batch lasts.
+    strata_n
+        For ``stratified``: a code per row (n_rows,) that minibatches hold in shares, instead of the batch.
 
     Raises
     ------
@@ -182,117 +335,78 @@ def make_plan(
         raise UsageError(f"order {order!r}, shares {shares!r}", fix=f"order: one of {', '.join(ORDERS)}")
     if min(minibatch_size, block_rows, blocks_per_fetch) < 1:
         raise UsageError(f"minibatch_size = {minibatch_size}", fix="a positive number")
-    batch_n = np.asarray(batch_n)
+    if not 0 <= rank < world:
+        raise UsageError(f"rank {rank} of {world}", fix="a rank from 0 to world - 1")
+    n_rows = int(runs[0][-1])
     fetch_rows = max(block_rows * blocks_per_fetch // minibatch_size, 1) * minibatch_size
-    if order == "sequential":
-        edges = np.append(np.arange(0, len(batch_n), fetch_rows), len(batch_n))
-        start, stop = edges[:-1], edges[1:]
-        batch, first = np.zeros_like(start), np.arange(len(start) + 1)
-    else:
-        whole = -(-UNIT_ROWS // minibatch_size) * minibatch_size
-        limits = (whole, whole) if order == "by_batch" else (LEAST_UNIT_ROWS, UNIT_ROWS)
-        units = _Units(*limits, -(-len(batch_n) // fetch_rows), order == "stratified" and shares == "equal")
-        start, stop, batch, unit = _merge(*_blocks(batch_n, block_rows), units, seed, epoch)
-        if order == "by_batch":
-            first = _group_units(stop - start, unit, fetch_rows)
-        else:
-            start, stop, batch, first = _cut(start, stop, batch, fetch_rows)
-    return Plan(start, stop, batch, first, order, shares, minibatch_size, drop_last, seed, epoch)
+    of_epoch = (order, minibatch_size, drop_last, seed, epoch, shares)
+    plan = Plan(n_rows, fetch_rows, *of_epoch, start, rank, world, strata_n)
+    if order == "sequential" or n_rows == 0:
+        return plan
+    whole = -(-UNIT_ROWS // minibatch_size) * minibatch_size
+    least, most = (whole, whole) if order == "by_batch" else (LEAST_UNIT_ROWS, UNIT_ROWS)
+    start_k, rows_k, code_k = _blocks(runs, block_rows)
+    shuffled = permutation(len(start_k), seed, epoch, 0)
+    shuffled = shuffled[np.argsort(code_k[shuffled], kind="stable")]
+    start_k, rows_k, code_k = start_k[shuffled], rows_k[shuffled], code_k[shuffled]
+    offset_k = np.concatenate([[0], np.cumsum(rows_k)])
+    begins = np.flatnonzero(np.diff(code_k, prepend=code_k[0] - 1))
+    base_b = offset_k[begins]
+    rows_b = np.diff(np.append(base_b, n_rows))
+    unit_b = np.clip(-(-rows_b // plan.n_fetches), least, most)
+    phase_b = np.random.PCG64(np.random.SeedSequence((seed, epoch, 0, 1))).random_raw(len(base_b)) / 2.0**64
+    equal = order == "stratified" and shares == "equal"
+    batches = _Batches(start_k, offset_k, code_k[begins], base_b, rows_b, unit_b, phase_b, equal)
+    return replace(plan, batches=batches)
+
+
+def runs_of(batch_n: np.ndarray) -> Runs:
+    """Runs of equal codes in an array of one code per row."""
+    batch_n = np.asarray(batch_n)
+    changes = np.flatnonzero(batch_n[1:] != batch_n[:-1]) + 1
+    starts = np.append(0, changes)[: len(batch_n)]
+    return np.append(starts, len(batch_n)).astype(np.int64), batch_n[starts]
+
+
+def runs_within(runs: Runs, start: int, stop: int) -> Runs:
+    """Runs of the rows start..stop, counted from `start`."""
+    bounds, code_r = runs
+    inside = (bounds[1:] > start) & (bounds[:-1] < stop)
+    clipped = np.clip(np.append(bounds[:-1][inside], stop), start, stop) - start
+    return clipped, code_r[inside]
 
 
 def permutation(n: int, *key: int) -> np.ndarray:
-    """A random permutation of n that depends on the key alone, on any version of numpy."""
-    raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
-    return np.argsort(raw, kind="stable")
+    """A random permutation of n that depends on the key alone, on any version of numpy.
 
-
-def _blocks(batch_n: np.ndarray, block_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """start, stop, batch of blocks: each run of equal codes cut every ``block_rows`` rows."""
-    n = len(batch_n)
-    edges = np.flatnonzero(np.diff(batch_n)) + 1 if n else np.zeros(0, np.int64)
-    run_start = np.concatenate([[0], edges])[: max(n, 1)]
-    run_stop = np.append(edges, n)
-    count = -(-(run_stop - run_start) // block_rows)
-    run = np.repeat(np.arange(len(run_start)), count)
-    within = np.arange(len(run)) - np.repeat(np.cumsum(count) - count, count)
-    start = run_start[run] + within * block_rows
-    stop = np.minimum(start + block_rows, run_stop[run])
-    return start, stop, np.asarray(batch_n)[start].astype(np.int64)
-
-
-@dataclass(frozen=True)
-class _Units:
-    """Rows per unit: so few that a batch reaches all fetches, within limits; do batches take turns?"""
-
-    least: int
-    most: int
-    n_fetches: int
-    equal: bool
-
-    def rows(self, rows_b: np.ndarray) -> np.ndarray:
-        return np.clip(-(-rows_b // max(self.n_fetches, 1)), self.least, self.most)
-
-
-def _merge(
-    start: np.ndarray, stop: np.ndarray, batch: np.ndarray, units: _Units, seed: int, epoch: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Permute each batch's blocks, cut them into units, merge all batches' units by their place in the epoch.
-
-    Unit j of the m units of a batch comes at (j + phase) / m of the epoch; if batches take turns, in round j.
-    Returns start, stop, batch, unit of the pieces: a unit that spans two blocks is two pieces.
+    Random bits above, the number below: the sorted values are all different, so any sort gives the same, and
+    numpy's fastest one needs no second array.
     """
-    shuffled = permutation(len(start), seed, epoch, 0)
-    shuffled = shuffled[np.argsort(batch[shuffled], kind="stable")]
-    start, stop, batch = start[shuffled], stop[shuffled], batch[shuffled]
-    offset = np.concatenate([[0], np.cumsum(stop - start)])
-    base_b = offset[:-1][np.concatenate([[True], batch[1:] != batch[:-1]])[: len(batch)]]
-    rows_b = np.diff(np.append(base_b, offset[-1]))
-    size_b = units.rows(rows_b)
-    units_b = -(-rows_b // size_b)
-    which = np.repeat(np.arange(len(base_b)), units_b)
-    number = np.arange(len(which)) - np.repeat(np.cumsum(units_b) - units_b, units_b)
-    unit_start = base_b[which] + number * size_b[which]
-    phase_b = np.random.PCG64(np.random.SeedSequence((seed, epoch, 0, 1))).random_raw(len(base_b)) / 2.0**64
-    key = number + phase_b[which]
-    key = key if units.equal else key / units_b[which]
-    cut = np.unique(np.concatenate([offset, unit_start]))
-    low, high = cut[:-1], cut[1:]
-    block = np.searchsorted(offset, low, side="right") - 1
-    unit = np.searchsorted(unit_start, low, side="right") - 1
-    merged = np.argsort(key[unit], kind="stable")
-    low, high, block, unit = low[merged], high[merged], block[merged], unit[merged]
-    piece_start = start[block] + low - offset[block]
-    return piece_start, piece_start + high - low, batch[block], unit
+    bits = max(1, int(n - 1).bit_length())
+    raw = np.random.PCG64(np.random.SeedSequence(key)).random_raw(n)
+    low = np.uint64((1 << bits) - 1)
+    raw = (raw & ~low) | np.arange(n, dtype=np.uint64)
+    raw.sort()
+    return (raw & low).astype(np.int64)
 
 
-def _cut(
-    start: np.ndarray, stop: np.ndarray, batch: np.ndarray, fetch_rows: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Cut the sequence of pieces every ``fetch_rows`` rows: start, stop, batch, first piece of each fetch."""
-    offset = np.concatenate([[0], np.cumsum(stop - start)])
-    edges = np.arange(0, offset[-1], fetch_rows)
-    cut = np.unique(np.concatenate([offset, edges]))
-    low, high = cut[:-1], cut[1:]
-    piece = np.searchsorted(offset, low, side="right") - 1
-    low_row = start[piece] + low - offset[piece]
-    first = np.append(np.searchsorted(low, edges), len(low))
-    return low_row, low_row + high - low, batch[piece], first
+def _blocks(runs: Runs, block_rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """start, rows, batch of blocks: each run cut every ``block_rows`` rows."""
+    bounds, code_r = runs
+    rows_r = np.diff(bounds)
+    count_r = -(-rows_r // block_rows)
+    run_k = np.repeat(np.arange(len(rows_r)), count_r)
+    within_k = (np.arange(len(run_k)) - np.repeat(np.cumsum(count_r) - count_r, count_r)) * block_rows
+    rows_k = np.minimum(block_rows, rows_r[run_k] - within_k)
+    return bounds[run_k] + within_k, rows_k, np.asarray(code_r)[run_k].astype(np.int64)
 
 
-def _group_units(rows: np.ndarray, unit: np.ndarray, fetch_rows: int) -> np.ndarray:
-    """First piece of each fetch, such that no unit is cut: a fetch holds the units that begin in its rows."""
-    begins = np.concatenate([[True], unit[1:] != unit[:-1]])[: len(unit)]
-    before = np.cumsum(rows) - rows
-    fetch = np.maximum.accumulate(np.where(begins, before // fetch_rows, 0))
-    return np.append(np.flatnonzero(np.diff(fetch, prepend=-1)), len(unit))
-
-
-def _spread(batch_n: np.ndarray, shares: str) -> np.ndarray:
-    """Order rows so that each stretch holds its share of every batch (rows of a batch keep their order)."""
-    codes, code_n = np.unique(batch_n, return_inverse=True)
+def spread(code_n: np.ndarray, shares: str) -> np.ndarray:
+    """Order rows so that each stretch holds its share of every code (rows of a code keep their order)."""
+    codes, code_n = np.unique(code_n, return_inverse=True)
     grouped = np.argsort(code_n, kind="stable")
     rows_b = np.bincount(code_n, minlength=len(codes))
-    rank = np.empty(len(batch_n))
-    rank[grouped] = np.arange(len(batch_n)) - np.repeat(np.cumsum(rows_b) - rows_b, rows_b)
+    rank = np.empty(len(code_n))
+    rank[grouped] = np.arange(len(code_n)) - np.repeat(np.cumsum(rows_b) - rows_b, rows_b)
     key = rank if shares == "equal" else (rank + 0.5) / rows_b[code_n]
     return np.argsort(key, kind="stable")

@@ -1,22 +1,26 @@
-"""Work done ahead of need on background threads, in order, with a clean stop."""
+"""Work done ahead of need on background threads, in order, with a clean stop; and memory used again."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import numpy as np
 
 T = TypeVar("T")
 _NAME = "streamx-prefetch"
 
 
-def prefetched(tasks: Sequence[Callable[[], T]], depth: int, threads: int = 1) -> Generator[T]:
+def prefetched(tasks: Iterable[Callable[[], T]], depth: int, threads: int = 1) -> Generator[T]:
     """Results of the tasks in order, up to ``depth`` of them computed ahead.
 
     However iteration ends (exhausted, an error in a task or in the loop, Ctrl-C, abandoned and collected),
-    no thread is left: tasks that have not begun are dropped, the one that runs is waited for.
+    no thread is left: tasks that have not begun are dropped, the one that runs is waited for, and where the
+    tasks come from a generator, it is closed.
 
     Parameters
     ----------
@@ -28,10 +32,12 @@ def prefetched(tasks: Sequence[Callable[[], T]], depth: int, threads: int = 1) -
             yield task()
         return
     pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix=_NAME)
+    source = iter(tasks)
     try:
         waiting: deque[Future[T]] = deque()
-        for task in tasks:
+        for task in source:
             waiting.append(pool.submit(task))
+            del task  # it may hold memory that its result no longer needs
             if len(waiting) > depth:
                 yield waiting.popleft().result()
         while waiting:
@@ -40,3 +46,42 @@ def prefetched(tasks: Sequence[Callable[[], T]], depth: int, threads: int = 1) -
         # Garbage may be collected on one of our own threads, which can't wait for itself.
         own = threading.current_thread().name.startswith(_NAME)
         pool.shutdown(wait=not own, cancel_futures=True)
+        if isinstance(source, Generator):
+            source.close()
+
+
+def _holders(arrays: list[np.ndarray]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
+_ALONE = _holders([np.empty(0, np.uint8)])[0]  # what Python counts where nobody else holds an array
+
+
+class Pool:
+    """Large arrays that are given out again once nobody holds them, which saves asking the system for pages.
+
+    What a user keeps is never given out: an array, a slice of it or a tensor over it counts as held.
+
+    Parameters
+    ----------
+    most
+        Arrays that are remembered.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._arrays: list[np.ndarray] = []
+        self._lock = threading.Lock()
+
+    def __call__(self, n: int, dtype: Any) -> np.ndarray:
+        """An array of n values, uninitialised."""
+        size = n * np.dtype(dtype).itemsize
+        with self._lock:
+            holders = _holders(self._arrays)
+            for k in range(len(holders)):
+                if holders[k] == _ALONE and self._arrays[k].size >= size:
+                    return self._arrays[k][:size].view(dtype)
+            self._arrays = [a for a, held in zip(self._arrays, holders, strict=True) if held > _ALONE]
+            array = np.empty(size + size // 8, np.uint8)
+            self._arrays = [*self._arrays[max(0, len(self._arrays) - self.most + 1) :], array]
+            return array[:size].view(dtype)

@@ -16,8 +16,6 @@ from streamx.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-_VALUES_AT_ONCE = 1 << 17  # temporaries of this length stay in the processor's cache
-
 
 @dataclass(frozen=True)
 class Transform:
@@ -68,80 +66,154 @@ def apply_transform(
     batch_n: np.ndarray | None = None,
     scale_bg: np.ndarray | None = None,
 ) -> None:
-    """Apply a transform to the stored values of a float32 CSR matrix, in place.
+    """Apply a transform to the stored values of a float32 CSR matrix, in place; see :func:`transformed`."""
+    table = None if scale_bg is None or transform.scale is None else inverse_of(scale_bg)
+    transformed(x_ng.indptr, x_ng.indices, x_ng.data, transform, total_n, batch_n, table, x_ng.data)
 
-    Zeros stay zeros under every step, so only stored values are touched, in one pass.
+
+def inverse_of(scale_bg: np.ndarray) -> np.ndarray:
+    """What values are multiplied by, float32 (n_batches, n_genes): 1 / scale, and 1 where the scale is 0."""
+    return (1 / np.where(scale_bg == 0, 1, scale_bg)).astype(np.float32)
+
+
+def transformed(
+    indptr: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+    transform: Transform,
+    total_n: np.ndarray | None,
+    batch_n: np.ndarray | None,
+    inverse_bg: np.ndarray | None,
+    out: np.ndarray,
+) -> None:
+    """The stored values of rows, transformed: zeros stay zeros under every step, so only these are touched.
 
     Parameters
     ----------
+    indptr, indices, data
+        CSR arrays in any integer or float dtype; `indptr` may begin anywhere in the others.
     total_n
         Total of each cell, (n,); needed for ``target_sum``. A cell whose total is 0 stays as it is.
     batch_n
-        Row of ``scale_bg`` of each cell, (n,); default: row 0.
-    scale_bg
-        What values are divided by, float32; 0 counts as 1. Needed for ``scale``.
+        Row of ``inverse_bg`` of each cell, (n,); default: row 0.
+    inverse_bg
+        See :func:`inverse_of`; needed for ``scale``.
+    out
+        float32, one value for each of the rows' stored ones; may be `data` itself.
     """
-    factor_n = None
+    from streamx.loader.kernels import transform_rows
+
+    n = len(indptr) - 1
+    factor_n = np.ones(n, np.float32)
     if transform.target_sum is not None:
         assert total_n is not None
         with np.errstate(divide="ignore"):
             factor_n = np.where(total_n > 0, transform.target_sum / total_n, 1).astype(np.float32)
-    inverse = base_n = None
+    inverse, base_n = np.empty(0, np.float32), np.zeros(n, np.int64)
     if transform.scale is not None:
-        assert scale_bg is not None
-        inverse = (1 / np.where(scale_bg == 0, 1, scale_bg)).astype(np.float32).ravel()
-        base_n = np.zeros(x_ng.shape[0], np.int64) if batch_n is None else batch_n * np.int64(x_ng.shape[1])
-    indptr, n = x_ng.indptr, x_ng.shape[0]
-    step = max(1, int(_VALUES_AT_ONCE * n / max(x_ng.nnz, 1)))
-    for low in range(0, n, step):
-        high = min(low + step, n)
-        values = x_ng.data[indptr[low] : indptr[high]]
-        count_n = np.diff(indptr[low : high + 1])
-        if transform.binarize:
-            values[...] = values > 0
-        if factor_n is not None:
-            values *= np.repeat(factor_n[low:high], count_n)
-        if transform.log1p:
-            np.log1p(values, out=values)
-        if inverse is not None and base_n is not None:
-            values *= inverse.take(
-                np.repeat(base_n[low:high], count_n) + x_ng.indices[indptr[low] : indptr[high]]
-            )
+        assert inverse_bg is not None
+        inverse = inverse_bg.ravel()
+        base_n = base_n if batch_n is None else batch_n * np.int64(inverse_bg.shape[-1])
+    transform_rows(indptr, indices, data, factor_n, transform.binarize, transform.log1p, inverse, base_n, out)
 
 
 def dense(x_ng: sparse.csr_matrix, start: int, stop: int) -> np.ndarray:
     """Rows start..stop as a dense float32 array."""
-    flat, values = _flat(x_ng, start, stop)
-    out = np.zeros((stop - start) * x_ng.shape[1], np.float32)
-    out[flat] = values
-    return out.reshape(stop - start, x_ng.shape[1])
+    from streamx.loader.kernels import densify
+
+    out = np.empty((stop - start, x_ng.shape[1]), np.float32)
+    densify(x_ng.indptr[start : stop + 1], x_ng.indices, x_ng.data, out)
+    return out
 
 
-def dense_tensor(x_ng: sparse.csr_matrix, start: int, stop: int, device: Any) -> torch.Tensor:
-    """Rows start..stop as a dense float32 tensor; the sparse values travel to the device, not the zeros."""
+class ToDevice:
+    """Stored counts -> transformed dense tensors on a device; they travel as they are stored, without zeros.
+
+    All work is queued on a stream of its own, so that it runs beside the training step; nothing waits for it
+    on the host.
+
+    Parameters
+    ----------
+    inverse_bg
+        See :func:`inverse_of`.
+    """
+
+    def __init__(
+        self, device: Any, n_genes: int, transform: Transform, inverse_bg: np.ndarray | None
+    ) -> None:
+        import torch
+
+        self.device, self.n_genes, self.transform = torch.device(device), n_genes, transform
+        self.inverse_bg = None if inverse_bg is None else torch.from_numpy(inverse_bg).to(self.device)
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def __call__(
+        self,
+        indptr: np.ndarray,
+        indices: np.ndarray,
+        data: np.ndarray,
+        columns: dict[str, np.ndarray],
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor], Any]:
+        """Rows as a dense float32 tensor, per-row columns (``batch`` and ``total`` among them), and an event.
+
+        Who uses the tensors calls :func:`ready` with the event first.
+        """
+        import torch
+
+        with torch.cuda.stream(self._stream):  # of None: does nothing
+            moved = {name: self._move(values) for name, values in columns.items()}
+            count_n = self._move(np.diff(indptr))
+            gene_v, x_v = self._move(indices).long(), self._move(data).float()
+            row_v = torch.repeat_interleave(
+                torch.arange(len(count_n), device=self.device), count_n, output_size=len(gene_v)
+            )
+            x_v = self._transformed(x_v, row_v, gene_v, moved)
+            x_ng = torch.zeros((len(count_n), self.n_genes), dtype=torch.float32, device=self.device)
+            x_ng.view(-1)[row_v * self.n_genes + gene_v] = x_v
+            event = self._stream.record_event() if self._stream is not None else None
+        return x_ng, moved, event
+
+    def _transformed(self, x_v: Any, row_v: Any, gene_v: Any, columns: dict[str, Any]) -> Any:
+        import torch
+
+        if self.transform.binarize:
+            x_v = (x_v > 0).float()
+        if self.transform.target_sum is not None:
+            total_n = columns["total"]
+            factor_n = torch.where(total_n > 0, self.transform.target_sum / total_n, 1.0)
+            x_v = x_v * factor_n[row_v]
+        if self.transform.log1p:
+            x_v = torch.log1p(x_v)
+        if self.transform.scale is not None:
+            assert self.inverse_bg is not None
+            table = self.inverse_bg.view(-1)
+            base_v = columns["batch"][row_v] * self.n_genes if self.inverse_bg.shape[0] > 1 else 0
+            x_v = x_v * table[base_v + gene_v]
+        return x_v
+
+    def _move(self, values: np.ndarray) -> torch.Tensor:
+        """An array on the device; unsigned integers, which torch hardly knows, become wider signed ones."""
+        import torch
+
+        values = np.ascontiguousarray(values)
+        wider: dict[str, Any] = {
+            "uint16": (np.int16, torch.int32, 0xFFFF),
+            "uint32": (np.int32, torch.int64, 0xFFFFFFFF),
+        }
+        signed, dtype, mask = wider.get(values.dtype.name, (values.dtype, None, 0))
+        tensor = torch.from_numpy(values.view(signed))
+        if self._stream is not None:
+            tensor = tensor.pin_memory()
+        tensor = tensor.to(self.device, non_blocking=True)
+        return tensor if dtype is None else tensor.to(dtype) & mask
+
+
+def ready(event: Any, tensors: list[torch.Tensor]) -> None:
+    """Let the current stream wait for what :class:`ToDevice` queued, and keep the tensors' memory for it."""
     import torch
 
-    device = torch.device(device)
-    if device.type == "cpu":
-        return torch.from_numpy(dense(x_ng, start, stop))
-    flat, values = _flat(x_ng, start, stop)
-    out = torch.zeros((stop - start) * x_ng.shape[1], dtype=torch.float32, device=device)
-    out[torch.from_numpy(flat).to(device)] = torch.from_numpy(values.astype(np.float32)).to(device)
-    return out.view(stop - start, x_ng.shape[1])
-
-
-def tensor(values: np.ndarray, device: Any) -> torch.Tensor:
-    """A numpy array on a device."""
-    import torch
-
-    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
-
-
-def _flat(x_ng: sparse.csr_matrix, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions in the flattened dense rows, and their values."""
-    indptr, n_genes = x_ng.indptr, x_ng.shape[1]
-    low, high = indptr[start], indptr[stop]
-    row_n = np.arange(stop - start, dtype=np.int64) * n_genes
-    flat = np.repeat(row_n, np.diff(indptr[start : stop + 1]))
-    flat += x_ng.indices[low:high]
-    return flat, x_ng.data[low:high]
+    if event is not None:
+        stream = torch.cuda.current_stream(tensors[0].device)
+        stream.wait_event(event)
+        for tensor in tensors:
+            tensor.record_stream(stream)

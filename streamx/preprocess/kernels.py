@@ -10,25 +10,14 @@ unsigned integers because numba's check for negative ones costs a quarter of the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
-import numba
 import numpy as np
+
+from streamx.store.decode import compiled
 
 DETECTED, SUM, SQUARES, MAX = range(4)
 
 
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """numba's nogil compilation, kept on disk where any folder can be written."""
-    try:
-        compiled: Any = numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder for the cache: compile in every process
-        compiled = numba.njit(nogil=True)(function)
-    return compiled
-
-
-@_compiled
+@compiled
 def add_counts(indptr, indices, data, admitted_n, use_g, min_features, table_g4, n_features_n):
     """Detected features of every admitted row; the table over admitted rows with at least `min_features`.
 
@@ -57,7 +46,7 @@ def add_counts(indptr, indices, data, admitted_n, use_g, min_features, table_g4,
                     table_g4[g, np.uint64(3)] = x
 
 
-@_compiled
+@compiled
 def scale_rows(indptr, indices, data, kept_n, keep_g, target, binarize, value_v, total_n):
     """Totals over the genes of `keep_g`, and ``x * target / total`` of every stored value (0 if not kept).
 
@@ -84,7 +73,7 @@ def scale_rows(indptr, indices, data, kept_n, keep_g, target, binarize, value_v,
                 value_v[j] *= weight
 
 
-@_compiled
+@compiled
 def add_values(indptr, indices, value_v, table_g4):
     """The table of values from :func:`scale_rows`; zeros are left out."""
     first = np.uint64(indptr[0])
@@ -99,7 +88,7 @@ def add_values(indptr, indices, value_v, table_g4):
                 table_g4[g, np.uint64(3)] = v
 
 
-@_compiled
+@compiled
 def add_clipped(indptr, indices, data, kept_n, keep_g, clip_g, target, table_g4, total_n):
     """seurat_v3's second pass: cells above the clip are counted, the others summed, so that sums stay exact.
 
@@ -131,7 +120,7 @@ def add_clipped(indptr, indices, data, kept_n, keep_g, clip_g, target, table_g4,
                 table_g4[g, np.uint64(3)] = x * weight
 
 
-@_compiled
+@compiled
 def add_magnitudes(indptr, indices, data, kept_n, table_g4, total_n):
     """The table of |x| for values that need no normalisation (``--processed``, obsm), and sums of x."""
     for i in range(indptr.size - 1):
@@ -152,7 +141,7 @@ def add_magnitudes(indptr, indices, data, kept_n, table_g4, total_n):
         total_n[i] = total
 
 
-@_compiled
+@compiled
 def pick_columns(indptr, indices, data, rows, position_g, out_indptr, out_indices, out_data):
     """Values of some rows and columns: column g goes to `position_g[g]`, or nowhere if that is negative.
 

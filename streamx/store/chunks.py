@@ -1,8 +1,7 @@
-"""Values of a sharded array, read without zarr: the shard's index once, then one read per run of chunks.
+"""A one-dimensional sharded array as addresses: where the bytes of each of its chunks lie.
 
-zarr-python spends more time on each chunk's bookkeeping than the decoder on its values: 0.6 CPU seconds for
-the counts of 50,000 cells x 20,000 genes, which take 0.3 here. Only the layouts that streamx writes are
-known; for any other :func:`open_values` gives None, and zarr reads them. Every checksum is verified.
+zarr-python spends more time on each chunk's bookkeeping than the decoder on its values. Only the layouts that
+streamx writes are known; for any other :func:`open_chunks` gives None, and zarr reads them.
 """
 
 from __future__ import annotations
@@ -10,6 +9,8 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -19,111 +20,147 @@ from streamx.store.location import RESTORE, Location, ObjectTable, crc32c, descr
 
 ABSENT = 2**64 - 1  # offset of a chunk that holds the fill value only
 CHECKSUM = 4
+INDEXES = 1024  # of zarr shards that are remembered, 16 KB each
+FILES = 128  # that are kept open
 _INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
 @dataclass(frozen=True)
-class Values:
-    """A one-dimensional array in zarr shards.
+class Frames:
+    """Where the bytes of some chunks lie.
+
+    Attributes
+    ----------
+    shard_k
+        Zarr shard of each chunk, int64.
+    frame_k3
+        (descriptor, first byte, bytes), int64; descriptor -1 where objects have none. No bytes: all zeros.
+    files
+        What keeps the descriptors open.
+    """
+
+    shard_k: np.ndarray
+    frame_k3: np.ndarray
+    files: list[Any] = field(default_factory=list)
+
+
+class Chunks:
+    """A sharded array of known layout.
 
     Attributes
     ----------
     prefix
         Key of the array below the location.
-    n
-        Values.
-    shard, chunk
-        Values per zarr shard and per chunk.
-    compressed
-        Whether chunks are blosc frames (else plain bytes).
-    expected
-        Objects that must exist.
+    n, chunk, per_shard
+        Values; values per chunk; chunks per zarr shard.
+    coding
+        (chunks are blosc frames, values are stored as differences).
     """
 
-    location: Location
-    prefix: str
-    dtype: np.dtype
-    n: int
-    shard: int
-    chunk: int
-    compressed: bool
-    expected: ObjectTable
-    _indexes: dict[int, np.ndarray] = field(default_factory=dict)
+    def __init__(
+        self,
+        location: Location,
+        prefix: str,
+        dtype: np.dtype,
+        n: int,
+        chunk: int,
+        per_shard: int,
+        coding: tuple[bool, bool],
+        expected: ObjectTable,
+    ) -> None:
+        self.location, self.prefix, self.dtype, self.n = location, prefix, dtype, n
+        self.chunk, self.per_shard, self.coding = chunk, per_shard, coding
+        # caches of plain functions: over methods they would keep this object, and its files, alive
+        self._index = lru_cache(INDEXES)(partial(_read_index, location, prefix, per_shard, expected))
+        self._file = lru_cache(FILES)(partial(_File, location, prefix))
 
-    def read(self, low: int, high: int) -> np.ndarray:
-        """Values low..high.
+    def frames(self, number_k: np.ndarray) -> Frames:
+        """Where the bytes of these chunks, ascending, lie.
 
         Raises
         ------
         IntegrityError
-            If bytes are missing or not those that were written.
+            If a zarr shard is missing, or its index is not what was written.
         """
-        out = np.empty(high - low, dtype=self.dtype)
-        for number in range(low // self.shard, -(-high // self.shard)):
-            first = number * self.shard
-            a, b = max(low, first), min(high, first + self.shard, self.n)
-            self._read_shard(number, a - first, b - first, out[a - low : b - low])
-        return out
+        shard_k, within_k = np.divmod(number_k, self.per_shard)
+        frame_k3 = np.zeros((len(number_k), 3), np.int64)
+        files = []
+        cuts = np.append(np.flatnonzero(np.diff(shard_k, prepend=-1)), len(shard_k)).tolist()
+        for low, high in pairwise(cuts):
+            index = self._index(int(shard_k[low]))
+            if index is not None:
+                file = self._file(int(shard_k[low]))
+                files.append(file)
+                frame_k3[low:high, 0] = file.descriptor
+                frame_k3[low:high, 1:] = index[within_k[low:high]]
+        return Frames(shard_k, frame_k3, files)
 
-    def _read_shard(self, number: int, low: int, high: int, out: np.ndarray) -> None:
-        key = f"{self.prefix}/c/{number}"
-        try:
-            descriptor = os.open(self.location.path(key), os.O_RDONLY)
-        except FileNotFoundError:
-            if key in self.expected:
-                raise self._damaged(key, "object is missing") from None
-            out[:] = 0  # a shard of zeros alone is not written
-            return
-        try:
-            index = self._index(number, key, descriptor)
-            chunks = np.arange(low // self.chunk, -(-high // self.chunk))
-            stored = chunks[index[chunks, 0] != ABSENT]
-            if len(stored) < len(chunks):
-                out[:] = 0
-            if len(stored):
-                begin = int(index[stored, 0].min())
-                end = int((index[stored, 0] + index[stored, 1]).max())
-                raw = os.pread(descriptor, end - begin, begin)
-                for k in stored.tolist():
-                    offset, size = int(index[k, 0]) - begin, int(index[k, 1])
-                    self._decode(raw[offset : offset + size], size, k * self.chunk - low, out, key)
-        finally:
-            os.close(descriptor)
+    def ranges(self, frames: Frames, at: int) -> tuple[list[tuple[str, int, int, int]], np.ndarray, int]:
+        """Without descriptors: one range per run of chunks, side by side in a buffer from `at` on.
 
-    def _decode(self, frame: bytes, size: int, at: int, out: np.ndarray, key: str) -> None:
-        """One chunk into `out`, where its first value belongs at position `at` (perhaps outside)."""
-        body, checksum = frame[:-CHECKSUM], frame[-CHECKSUM:]
-        if len(frame) != size or crc32c(body) != f"{int.from_bytes(checksum, 'little'):08x}":
-            raise self._damaged(key, "a chunk's bytes are not those that were written")
-        inside = at >= 0 and at + self.chunk <= len(out)
-        target = out[at : at + self.chunk] if inside else np.empty(self.chunk, dtype=self.dtype)
-        if self.compressed:
-            from numcodecs import blosc
+        Returns
+        -------
+        What :meth:`Location.read_ranges` takes; frames (k, 3) in the buffer; where the buffer ends.
+        """
+        first_k, size_k = frames.frame_k3[:, 1], frames.frame_k3[:, 2]
+        begins = np.ones(len(first_k), bool)
+        begins[1:] = (frames.shard_k[1:] != frames.shard_k[:-1]) | (first_k[1:] != first_k[:-1] + size_k[:-1])
+        run_k = np.cumsum(begins) - 1
+        before_k = np.cumsum(size_k) - size_k
+        given_k3 = np.stack([np.full_like(size_k, -1), at + before_k, size_k], axis=1)
+        starts = np.flatnonzero(begins)
+        bytes_r = np.bincount(run_k, weights=size_k).astype(np.int64)
+        ranges = [
+            (self.object_of(shard), first, size, at + before)
+            for shard, first, size, before in zip(
+                frames.shard_k[starts].tolist(),
+                first_k[starts].tolist(),
+                bytes_r.tolist(),
+                before_k[starts].tolist(),
+                strict=True,
+            )
+            if size
+        ]
+        return ranges, given_k3, at + int(size_k.sum())
 
-            blosc.decompress(body, target)
-        else:
-            target[:] = np.frombuffer(body, dtype=self.dtype)
-        if not inside:
-            a, b = max(at, 0), min(at + self.chunk, len(out))
-            out[a:b] = target[a - at : b - at]
+    def object_of(self, shard: int) -> str:
+        """Key of a zarr shard."""
+        return f"{self.prefix}/c/{shard}"
 
-    def _index(self, number: int, key: str, descriptor: int) -> np.ndarray:
-        """Offset and size of each chunk of a shard, uint64 (n_chunks, 2)."""
-        index = self._indexes.get(number)
-        if index is None:
-            length = self.shard // self.chunk * 16 + CHECKSUM
-            raw = os.pread(descriptor, length, max(0, os.fstat(descriptor).st_size - length))
-            body = raw[:-CHECKSUM]
-            if len(raw) != length or crc32c(body) != f"{int.from_bytes(raw[-CHECKSUM:], 'little'):08x}":
-                raise self._damaged(key, "the index of its chunks is damaged")
-            index = self._indexes[number] = np.frombuffer(body, dtype="<u8").reshape(-1, 2)
-        return index
-
-    def _damaged(self, key: str, what: str) -> IntegrityError:
-        return IntegrityError(what, where=f"{self.location}/{key}", fix=RESTORE)
+    def damaged(self, shard: int, what: str) -> IntegrityError:
+        return IntegrityError(what, where=f"{self.location}/{self.object_of(shard)}", fix=RESTORE)
 
 
-def open_values(location: Location, prefix: str, expected: ObjectTable) -> Values | None:
+class _File:
+    """A descriptor, open for as long as somebody holds this; -1 where objects have none."""
+
+    def __init__(self, location: Location, prefix: str, shard: int) -> None:
+        self.descriptor = location.descriptor(f"{prefix}/c/{shard}")
+
+    def __del__(self) -> None:
+        if getattr(self, "descriptor", -1) >= 0:
+            os.close(self.descriptor)
+
+
+def _read_index(
+    location: Location, prefix: str, per_shard: int, expected: ObjectTable, shard: int
+) -> np.ndarray | None:
+    """First byte and bytes of each chunk of a zarr shard, int64 (n_chunks, 2); None: nothing but zeros."""
+    key = f"{prefix}/c/{shard}"
+    size = expected[key][0] if key in expected else location.size(key)
+    if size is None:
+        return None
+    raw = np.empty(per_shard * 16 + CHECKSUM, np.uint8)
+    if size >= len(raw):
+        location.read_ranges([(key, size - len(raw), len(raw), 0)], raw)
+        body, checksum = raw[:-CHECKSUM], raw[-CHECKSUM:]
+    if size < len(raw) or crc32c(body.data) != f"{int.from_bytes(checksum.tobytes(), 'little'):08x}":
+        raise IntegrityError("the index of its chunks is damaged", where=f"{location}/{key}", fix=RESTORE)
+    index = body.view("<u8").reshape(-1, 2)
+    return np.where(index == ABSENT, 0, index).astype(np.int64)
+
+
+def open_chunks(location: Location, prefix: str, expected: ObjectTable) -> Chunks | None:
     """The array at a prefix, or None if it is not of a layout that is known here.
 
     Raises
@@ -139,33 +176,37 @@ def open_values(location: Location, prefix: str, expected: ObjectTable) -> Value
     geometry = _known_geometry(about)
     if geometry is None:
         return None
-    shard, chunk, compressed = geometry
-    import zarr.codecs.blosc  # noqa: F401  (switches off blosc's own threads, as for all of zarr)
-
+    shard, chunk, coding = geometry
     dtype = np.dtype(about["data_type"])
-    return Values(location, prefix, dtype, about["shape"][0], shard, chunk, compressed, expected)
+    return Chunks(location, prefix, dtype, about["shape"][0], chunk, shard // chunk, coding, expected)
 
 
-def _known_geometry(about: dict[str, Any]) -> tuple[int, int, bool] | None:
-    """Values per shard and chunk, and whether they are compressed; None for a layout of others."""
+def _known_geometry(about: dict[str, Any]) -> tuple[int, int, tuple[bool, bool]] | None:
+    """Values per zarr shard and chunk, and how chunks are coded; None for a layout of others."""
     try:
         (sharding,) = about["codecs"]
         inner = sharding["configuration"]
-        chunk_codecs = inner["codecs"]
-        names = [codec["name"] for codec in chunk_codecs]
+        codecs = inner["codecs"]
+        names = [codec["name"] for codec in codecs]
+        delta = names[0] == "numcodecs.delta"
+        if delta:
+            stored = {codecs[0]["configuration"].get(name) for name in ("dtype", "astype")}
+            delta_known = {np.dtype(name) for name in stored - {None}} == {np.dtype(about["data_type"])}
+            codecs, names = codecs[1:], names[1:]
         (shard,), (chunk,) = about["chunk_grid"]["configuration"]["chunk_shape"], inner["chunk_shape"]
         known = (
             len(about["shape"]) == 1
-            and np.dtype(about["data_type"]).kind in "uif"
+            and np.dtype(about["data_type"]).kind in ("ui" if delta else "uif")
             and about["fill_value"] == 0
             and about["chunk_key_encoding"] == {"name": "default", "configuration": {"separator": "/"}}
             and sharding["name"] == "sharding_indexed"
             and inner["index_location"] == "end"
             and inner["index_codecs"] == _INDEX_CODECS
-            and chunk_codecs[0] in (_INDEX_CODECS[0], {"name": "bytes"})  # one byte has no order
+            and codecs[0] in (_INDEX_CODECS[0], {"name": "bytes"})  # one byte has no order
             and names in (["bytes", "blosc", "crc32c"], ["bytes", "crc32c"])
             and shard % chunk == 0
+            and (not delta or delta_known)
         )
     except (KeyError, ValueError, TypeError, IndexError):
         return None
-    return (shard, chunk, "blosc" in names) if known else None
+    return (shard, chunk, ("blosc" in names, delta)) if known else None

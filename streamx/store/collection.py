@@ -16,13 +16,13 @@ import pandas as pd
 from scipy import sparse
 
 from streamx.errors import IntegrityError, UsageError
-from streamx.store.chunks import Values, open_values
 from streamx.store.frame import Group, cast, column_names, missing, read_column, read_frame
 from streamx.store.genes import unpack_mask
 from streamx.store.layout import index_dtype
 from streamx.store.location import RESTORE, Location, ObjectTable, describe, open_location
 from streamx.store.manifest import Generation, Part, read_generation, read_part
-from streamx.store.read import Read, concatenate, integrity, open_group, plan_reads
+from streamx.store.matrix import Allocate, Matrix, gather
+from streamx.store.read import integrity, open_group, plan_reads
 
 if TYPE_CHECKING:
     import anndata
@@ -33,10 +33,18 @@ class Collection:
 
     Answers AnnData's own names: ``shape, n_obs, n_vars, obs, var, obs_names, var_names``.
     Reading is thread-safe; contiguous rows are cheap, single rows are not.
+
+    Parameters
+    ----------
+    place
+        Where it lies.
+    verify
+        Check the checksum of every chunk of counts that is read. Without, damaged bytes may pass as counts.
     """
 
-    def __init__(self, place: str | Path | Location) -> None:
+    def __init__(self, place: str | Path | Location, *, verify: bool = True) -> None:
         self.location = open_location(place)
+        self.verify = verify
         self._state: Generation = read_generation(self.location)
 
     # -- what it is ------------------------------------------------------------------------------------
@@ -90,7 +98,7 @@ class Collection:
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs to read the same generation; open files stay here."""
-        return {"location": self.location, "_state": self._state}
+        return {"location": self.location, "verify": self.verify, "_state": self._state}
 
     def __repr__(self) -> str:
         return (
@@ -191,11 +199,26 @@ class Collection:
         return [str(name) for name in self._state.obs_schema[self.batch_key]["categories"]]
 
     @cached_property
+    def batch_runs(self) -> tuple[np.ndarray, np.ndarray]:
+        """Rows lie in runs of one batch: bounds int64 (n_runs + 1,), batch codes int32 (n_runs,)."""
+        position: dict[str | None, int] = {name: code for code, name in enumerate(self.batches)}
+        runs = [run for part in self.parts for run in part.runs]
+        bounds = np.cumsum([0, *(rows for _, rows in runs)], dtype=np.int64)
+        return bounds, np.array([position.get(name, -1 if position else 0) for name, _ in runs], np.int32)
+
+    @cached_property
     def batch_codes(self) -> np.ndarray:
         """int32, (n_obs,)."""
-        if self.batch_key is None:
-            return np.zeros(self.n_obs, dtype=np.int32)
-        return np.asarray(self.obs_column(self.batch_key).cat.codes, dtype=np.int32)
+        bounds, code_r = self.batch_runs
+        return np.repeat(code_r, np.diff(bounds))
+
+    @property
+    def batch_sizes(self) -> np.ndarray:
+        """Cells of each batch, int64 (n_batches,)."""
+        bounds, code_r = self.batch_runs
+        known = code_r >= 0
+        sizes = np.bincount(code_r[known], weights=np.diff(bounds)[known], minlength=len(self.batches))
+        return sizes.astype(np.int64)
 
     @cached_property
     def measured_bg(self) -> np.ndarray:
@@ -218,9 +241,13 @@ class Collection:
         return self.fetch([(start, stop)], columns, dtype)
 
     def fetch(
-        self, ranges: Sequence[tuple[int, int]], columns: np.ndarray | None = None, dtype: Any = np.float32
+        self,
+        ranges: Sequence[tuple[int, int]],
+        columns: np.ndarray | None = None,
+        dtype: Any = np.float32,
+        order: np.ndarray | None = None,
     ) -> sparse.csr_matrix:
-        """Row ranges, one after the other, as one CSR matrix.
+        """Row ranges as one CSR matrix.
 
         Parameters
         ----------
@@ -231,20 +258,44 @@ class Collection:
         dtype
             Dtype of the values (float32 rounds counts above 2^24; see :attr:`maximum`); ``"stored"`` gives
             the stored unsigned integers, whose arithmetic wraps.
+        order
+            Which of the rows read come out, and in which order, none twice; None: all, one after the other.
 
         Raises
         ------
         IntegrityError
             If stored bytes are missing or not those that were written.
         """
-        blocks = [self._read(read) for read in plan_reads(ranges, self._shard_starts)]
-        n_rows = sum(stop - start for start, stop in ranges)
-        indptr, indices, data = concatenate(blocks, None if isinstance(dtype, str) else dtype)
-        x_ng = sparse.csr_matrix((n_rows, self.n_vars), dtype=data.dtype)
+        indptr, indices, data = self.gather(ranges, order, None, dtype)
+        x_ng = sparse.csr_matrix((len(indptr) - 1, self.n_vars), dtype=data.dtype)
         # set directly: the constructor would scan all indices once more
-        x_ng.indptr, x_ng.indices, x_ng.data = indptr, indices, data
+        x_ng.indptr, x_ng.indices, x_ng.data = indptr.astype(indices.dtype), indices, data
         x_ng.has_sorted_indices = x_ng.has_canonical_format = True
         return x_ng if columns is None else x_ng[:, np.asarray(columns)]
+
+    def gather(
+        self,
+        ranges: Sequence[tuple[int, int]],
+        order: np.ndarray | None,
+        index_dtype: Any,
+        dtype: Any,
+        allocate: Allocate = np.empty,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The three arrays of :meth:`fetch`; see :func:`streamx.store.matrix.gather`."""
+        stored = isinstance(dtype, str)
+        return gather(
+            self._matrix,
+            plan_reads(ranges, self._shard_starts),
+            order,
+            index_dtype,
+            self.value_dtype if stored else dtype,
+            allocate,
+        )
+
+    @property
+    def value_dtype(self) -> np.dtype:
+        """The narrowest dtype that holds the stored values of all shards."""
+        return np.result_type(*(np.dtype(part["dtype"]) for part in self._state.parts), np.uint8)
 
     def iter_rows(self, block: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
         """(start, stop) of consecutive blocks."""
@@ -325,7 +376,6 @@ class Collection:
         """Cells, genes, batches, dtypes, bytes: what ``streamx info`` shows."""
         n_bytes = sum(size for part in self.parts for size, _ in part.objects.values())
         shards = [shard for part in self.parts for shard in part.shards]
-        dtypes = [np.dtype(part["dtype"]) for part in self._state.parts]
         return {
             "kind": self.kind,
             "generation": self.generation,
@@ -336,15 +386,13 @@ class Collection:
             "batches": dict(
                 zip(
                     self.batches,
-                    np.bincount(
-                        self.batch_codes[self.batch_codes >= 0], minlength=len(self.batches)
-                    ).tolist(),
+                    self.batch_sizes.tolist(),
                     strict=True,
                 )
             ),
             "n_shards": len(shards),
             "nnz": self.nnz,
-            "value_dtype": str(np.result_type(*dtypes)),
+            "value_dtype": str(self.value_dtype),
             "index_dtype": str(index_dtype(self.n_vars)),
             "bytes": n_bytes,
             "bytes_per_cell": round(n_bytes / max(1, self.n_obs), 1),
@@ -365,32 +413,17 @@ class Collection:
         return [(shard.path, part.objects) for part in self.parts for shard in part.shards]
 
     @cached_property
-    def _groups(self) -> dict[int, Group]:
+    def _matrices(self) -> dict[int, Matrix]:
         return {}
 
-    @cached_property
-    def _indptr(self) -> dict[int, np.ndarray]:
-        return {}
-
-    @cached_property
-    def _arrays(self) -> dict[tuple[int, str], Values | None]:
-        return {}
-
-    def _values(self, shard: int, name: str, values: slice) -> np.ndarray:
-        """Some of a shard's indices or data: chunk by chunk, or by zarr where the layout is not ours."""
-        if (shard, name) not in self._arrays:
+    def _matrix(self, shard: int) -> Matrix:
+        if shard not in self._matrices:
             path, expected = self._shard_paths[shard]
-            self._arrays[shard, name] = open_values(self.location, f"{path}/X/{name}", expected)
-        array = self._arrays[shard, name]
-        if array is None:
-            return np.asarray(self._group(shard)[f"X/{name}"][values])
-        return array.read(values.start, values.stop)
+            self._matrices[shard] = Matrix(self.location, path, expected, self.verify)
+        return self._matrices[shard]
 
     def _group(self, shard: int) -> Group:
-        if shard not in self._groups:
-            path, expected = self._shard_paths[shard]
-            self._groups[shard] = open_group(self.location, path, expected)
-        return self._groups[shard]
+        return self._matrix(shard).group
 
     @cached_property
     def _obs_groups(self) -> list[Group]:
@@ -409,20 +442,9 @@ class Collection:
             return missing(high - low, schema, name)
         return read_column(group, name, low, high)
 
-    def _read(self, read: Read) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """indptr (from 0), indices, data of some rows of one shard."""
-        group = self._group(read.shard)
-        with integrity(f"{self.path}/{self._shard_paths[read.shard][0]}"):
-            indptr = self._indptr.get(read.shard)
-            if indptr is None:
-                indptr = self._indptr[read.shard] = np.asarray(group["X/indptr"][:], dtype=np.int64)
-            values = slice(int(indptr[read.start]), int(indptr[read.stop]))
-            indices, data = (self._values(read.shard, name, values) for name in ("indices", "data"))
-        return indptr[read.start : read.stop + 1] - values.start, indices, data
 
-
-def open_collection(place: str | Path | Location) -> Collection:
-    """Open a store or a view (``sx.open``).
+def open_collection(place: str | Path | Location, *, verify: bool = True) -> Collection:
+    """Open a store or a view (``sx.open``); see :class:`Collection`.
 
     Raises
     ------
@@ -431,4 +453,4 @@ def open_collection(place: str | Path | Location) -> Collection:
     BadFileError
         If this is no collection.
     """
-    return Collection(place)
+    return Collection(place, verify=verify)

@@ -19,6 +19,7 @@ CHUNKS_PER_SHARD = 1024
 # silently skips it.
 VALUES_MULTIPLE = 1024
 MAX_SHARD_VALUES = 1 << 24
+OFFSETS_PER_CHUNK = 1 << 13  # of indptr: few enough to decode for one block of rows
 OBS_ROWS_PER_CHUNK = 1 << 20
 OBSM_ROWS_PER_CHUNK = 1 << 13
 OBSM_ROWS_PER_SHARD = 1 << 16
@@ -90,8 +91,17 @@ def matrix_codecs(preset: str, which: str, dtype: np.dtype) -> dict[str, Any]:
     return {"filters": filters, "compressors": compressors}
 
 
+def offset_geometry(n: int) -> dict[str, Any]:
+    """Arguments for ``zarr.create_array`` of an indptr with n entries: one object, read in small chunks."""
+    from zarr.codecs import BloscCodec, Crc32cCodec
+
+    chunk = max(1, min(n, OFFSETS_PER_CHUNK))
+    codec = BloscCodec(typesize=8, cname="zstd", clevel=3, shuffle="shuffle", blocksize=0)
+    return {"chunks": (chunk,), "shards": (-(-n // chunk) * chunk,), "compressors": [codec, Crc32cCodec()]}
+
+
 def column_codecs() -> dict[str, Any]:
-    """Codecs of everything that is not the matrix: obs, var, indptr, obsm."""
+    """Codecs of everything that is not the matrix: obs, var, obsm."""
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
     return {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}

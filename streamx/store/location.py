@@ -102,11 +102,7 @@ class Location:
             If an object is missing, or ends too soon.
         """
         for key, objects in groupby(ranges, key=itemgetter(0)):
-            where = f"{self.root}/{key}"
-            try:
-                descriptor = os.open(self.path(key), os.O_RDONLY)
-            except FileNotFoundError:
-                raise IntegrityError("object is missing", where=where, fix=RESTORE) from None
+            where, descriptor = f"{self.root}/{key}", self.descriptor(key)
             try:
                 for _, start, size, at in objects:
                     if os.preadv(descriptor, [out[at : at + size].data], start) != size:
@@ -115,6 +111,22 @@ class Location:
                 raise StorageError(f"can't be read: {error.strerror}", where=where) from error
             finally:
                 os.close(descriptor)
+
+    def descriptor(self, key: str) -> int:
+        """A file descriptor to read an object from, the caller's to close; -1 where objects have none.
+
+        Raises
+        ------
+        IntegrityError
+            If the object is missing.
+        """
+        where = f"{self.root}/{key}"
+        try:
+            return os.open(self.path(key), os.O_RDONLY)
+        except FileNotFoundError:
+            raise IntegrityError("object is missing", where=where, fix=RESTORE) from None
+        except OSError as error:
+            raise StorageError(f"can't be read: {error.strerror}", where=where) from error
 
     def size(self, key: str) -> int | None:
         """Bytes of an object, or None if there is none."""

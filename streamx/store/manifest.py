@@ -32,12 +32,13 @@ class Shard:
 
 @dataclass(frozen=True)
 class Part:
-    """What one commit added."""
+    """What one commit added; its rows lie in `runs` of one batch: (name, rows) each, in row order."""
 
     number: int
     n_obs: int
     nnz: int
     shards: tuple[Shard, ...]
+    runs: tuple[tuple[str | None, int], ...]
     sources: tuple[dict[str, Any], ...]
     objects: ObjectTable
 
@@ -103,7 +104,8 @@ def read_part(location: Location, entry: dict[str, Any]) -> Part:
         raise _damaged(location, entry["path"])
     raw = json.loads(data)
     shards = tuple(Shard(**shard) for shard in raw.pop("shards"))
-    return Part(shards=shards, sources=tuple(raw.pop("sources")), **raw)
+    runs = tuple((name, rows) for name, rows in raw.pop("runs"))
+    return Part(shards=shards, runs=runs, sources=tuple(raw.pop("sources")), **raw)
 
 
 def commit(location: Location, generation: Generation, base: Generation | None) -> None:

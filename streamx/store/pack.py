@@ -245,7 +245,8 @@ def _write(
         objects |= found
     objects |= writer.part_obs(number)
     shards = tuple(Shard(plan.path, plan.n_obs, plan.nnz) for plan in plans)
-    part = Part(number, len(content.obs), int(rows.row_nnz.sum()), shards, tuple(content.sources), objects)
+    nnz, runs = int(rows.row_nnz.sum()), batch_runs(content)
+    part = Part(number, len(content.obs), nnz, shards, runs, tuple(content.sources), objects)
     part_path, part_data = dump_part(part)
     location.write(part_path, part_data)
     entry = {"path": part_path, "bytes": len(part_data), "crc32c": crc32c(part_data)}
@@ -254,6 +255,17 @@ def _write(
     generation = _next_generation(location, base, number, entry, content)
     sweep(location, base, generation)
     commit(location, generation, base)
+
+
+def batch_runs(content: Content) -> tuple[tuple[str | None, int], ...]:
+    """(batch, rows) of each stretch of cells of one batch, in row order."""
+    if content.batch_key is None:
+        return ((None, len(content.obs)),)
+    batch = content.obs[content.batch_key].astype("category").cat
+    code_n = np.asarray(batch.codes)
+    starts = np.flatnonzero(np.diff(code_n, prepend=-2))
+    names = [None if code_n[start] < 0 else str(batch.categories[code_n[start]]) for start in starts]
+    return tuple(zip(names, np.diff(np.append(starts, len(code_n))).tolist(), strict=True))
 
 
 def _next_generation(
@@ -347,7 +359,9 @@ class _Writer:
             )
             draft_frame(draft, "obs", self.content.obs.iloc[rows])
             draft_frame(draft, "var", self.content.var)
-            draft.array("X/indptr", plan.indptr)
+            draft.empty("X/indptr", plan.indptr.shape, np.int64, **layout.offset_geometry(len(plan.indptr)))[
+                ...
+            ] = plan.indptr
             for name in ("indices", "data"):
                 self._array(draft, plan, name)
             for name, (features, _) in self.content.obsm.items():

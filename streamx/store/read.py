@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -72,22 +71,3 @@ def open_group(location: Location, path: str, expected: ObjectTable) -> Group:
     expect_warnings()
     with integrity(f"{location}/{path}"):
         return zarr.open_group(location.zarr(path, expected), mode="r", zarr_format=3)
-
-
-def concatenate(
-    blocks: list[tuple[np.ndarray, np.ndarray, np.ndarray]], dtype: Any
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    if not blocks:
-        return np.zeros(1, np.int64), np.zeros(0, np.int32), np.zeros(0, dtype or np.float32)
-    ends = np.cumsum([block[0][-1] for block in blocks])
-    index_type = np.int64 if ends[-1] > np.iinfo(np.int32).max else np.int32
-    starts = ends - [block[0][-1] for block in blocks]
-    indptr = np.concatenate(
-        [[0], *(block[0][1:] + start for block, start in zip(blocks, starts, strict=True))]
-    )
-    indices, data = (
-        blocks[0][part] if len(blocks) == 1 else np.concatenate([block[part] for block in blocks])
-        for part in (1, 2)
-    )
-    indices = indices.astype(index_type)
-    return indptr.astype(index_type), indices, data if dtype is None else data.astype(dtype, copy=False)

@@ -1,4 +1,5 @@
 import gc
+import re
 import threading
 import time
 import tracemalloc
@@ -136,11 +137,19 @@ def test_an_unreadable_block_is_an_error_not_a_hang(tmp_path: Path) -> None:
 
 
 def test_memory_is_refused_with_numbers(view: Collection) -> None:
-    message = r"the loader needs \d+ MB \(1 fetches of .* cells\), the limit is 0 MB\n  fix: --memory \d+MB$"
+    message = (
+        r"the loader needs \d+\.\d MB \(1 fetches of .* MB\), the limit is 0.0 MB\n  fix: --memory \d+MB$"
+    )
     with pytest.raises(ResourceError, match=message):
         Loader(view, memory=1000)
-    with pytest.raises(ResourceError, match=r"or Loader\(blocks_per_fetch=1\d\)"):
-        Loader(view, memory=Loader(view).budget.nbytes // 2)
+    small = {"block_rows": 64, "minibatch_size": 16}
+    limit = Loader(view, **small).budget.nbytes // 2
+    with pytest.raises(ResourceError) as caught:
+        Loader(view, memory=limit, **small)
+    found = re.search(r"or Loader\(blocks_per_fetch=(\d+)\)", str(caught.value))
+    assert found is not None
+    fewer = Loader(view, memory=limit, blocks_per_fetch=int(found[1]), **small)
+    assert fewer.plan().nbytes == fewer.budget.nbytes <= limit
 
 
 def test_memory_is_what_was_planned(tmp_path: Path) -> None:
@@ -148,20 +157,21 @@ def test_memory_is_what_was_planned(tmp_path: Path) -> None:
     made = 0
 
     class Watched(Loader):
-        def _make(self, *args: Any) -> Any:
+        def _read(self, *args: Any) -> Any:
             nonlocal made
-            block = super()._make(*args)
+            block = super()._read(*args)
             made += 1
             return block
 
-    loader = Watched(view, 64, blocks_per_fetch=16)
+    loader = Watched(view, 64, blocks_per_fetch=8)
     next(iter(loader))  # what is read once and kept is not the loader's
+    loader = Watched(view, 64, blocks_per_fetch=8)
     made = 0
     tracemalloc.start()
     for number, _ in enumerate(loader):
-        while number == 0 and made < 3:
+        while number == 0 and made < loader.prefetch + 1:
             time.sleep(0.01)  # as a slow model: all that may wait does
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert loader.budget.waiting == 3
+    assert loader.budget.fetches == 4
     assert 0.7 * loader.budget.nbytes < peak < 1.3 * loader.budget.nbytes, (loader.budget, peak)

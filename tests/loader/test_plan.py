@@ -4,12 +4,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamx.errors import UsageError
-from streamx.loader.plan import ORDERS, Plan, make_plan, permutation
+from streamx.loader import plan as planning
+from streamx.loader.plan import ORDERS, Plan, permutation, runs_of
 
 
 def codes(sizes: list[int], parts: int = 1) -> np.ndarray:
     """Rows of each batch together, once per part: the layout of a store."""
     return np.tile(np.repeat(np.arange(len(sizes)), sizes), parts)
+
+
+def make_plan(batch: np.ndarray, **settings: object) -> Plan:
+    return planning.make_plan(runs_of(batch), **settings)  # type: ignore[arg-type]
 
 
 def minibatches(plan: Plan) -> list[np.ndarray]:

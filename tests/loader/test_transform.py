@@ -1,10 +1,17 @@
 import numpy as np
 import pytest
-import torch
 from scipy import sparse
 
 from streamx.errors import UsageError
-from streamx.loader.transform import Transform, apply_transform, dense, dense_tensor
+from streamx.loader.transform import (
+    ToDevice,
+    Transform,
+    apply_transform,
+    dense,
+    inverse_of,
+    ready,
+    transformed,
+)
 
 
 def counts(n: int = 500, g: int = 31) -> np.ndarray:
@@ -44,16 +51,25 @@ def test_equals_the_dense_arithmetic(
     assert got.dtype == np.float32
 
 
-def test_chunks_of_values_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    x = counts()
-    results = []
-    for size in (1, 100, 1 << 20):
-        monkeypatch.setattr("streamx.loader.transform._VALUES_AT_ONCE", size)
-        got = sparse.csr_matrix(x)
-        apply_transform(got, Transform(target_sum=1e4, log1p=True), total_n=x.sum(1))
-        results.append(got.data)
-    assert np.array_equal(results[0], results[1])
-    assert np.array_equal(results[0], results[2])
+def test_other_dtypes_and_counts_without_end() -> None:
+    """Counts as they are stored; small ones take the remembered value, large ones do not."""
+    x = counts().astype(np.uint32)
+    x[3, 5], x[4, 6], x[4, 7] = 63, 64, 4_000_000
+    csr = sparse.csr_matrix(x)
+    total = x.sum(1)
+    for dtype in (np.uint16, np.uint32, np.float32):
+        if x.max() > np.iinfo(np.uint16).max and dtype == np.uint16:
+            continue
+        got = np.empty(csr.nnz, np.float32)
+        transformed(
+            csr.indptr, csr.indices.astype(np.uint16), csr.data.astype(dtype),
+            Transform(target_sum=1e4, log1p=True), total, None, None, got,
+        )  # fmt: skip
+        want = np.log1p(csr.data * (1e4 / total)[np.repeat(np.arange(len(total)), np.diff(csr.indptr))])
+        np.testing.assert_allclose(got, want, rtol=2e-6)
+    halves = sparse.csr_matrix(np.array([[0.5, 1.5, np.inf, 2.0, 0.0, 2.0]], dtype=np.float32))
+    apply_transform(halves, Transform(log1p=True))
+    np.testing.assert_allclose(halves.data, np.log1p([0.5, 1.5, np.inf, 2.0, 2.0]), rtol=1e-6)
 
 
 def test_dense_rows() -> None:
@@ -61,15 +77,25 @@ def test_dense_rows() -> None:
     csr = sparse.csr_matrix(x)
     for start, stop in ((0, 500), (3, 4), (7, 7), (490, 500)):
         assert np.array_equal(dense(csr, start, stop), x[start:stop])
-        assert torch.equal(dense_tensor(csr, start, stop, "cpu"), torch.from_numpy(x[start:stop]))
     assert dense(csr, 0, 5).dtype == np.float32
 
 
-@pytest.mark.gpu
-def test_dense_rows_on_the_device() -> None:
-    x = counts()
-    got = dense_tensor(sparse.csr_matrix(x), 100, 300, "cuda")
-    assert torch.equal(got.cpu(), torch.from_numpy(x[100:300]))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32, np.float32])
+def test_rows_made_on_the_device(device: str, dtype: type) -> None:
+    x = counts().astype(dtype)
+    csr, total, batch = sparse.csr_matrix(x), x.sum(1).astype(np.float32), np.arange(len(x)) % 3
+    table = np.random.default_rng(0).uniform(0.5, 2, (3, x.shape[1])).astype(np.float32)
+    transform = Transform(target_sum=1e4, log1p=True, scale="batch")
+    want = csr.astype(np.float32)
+    apply_transform(want, transform, total_n=total, batch_n=batch, scale_bg=table)
+    move = ToDevice(device, x.shape[1], transform, inverse_of(table))
+    got, columns, event = move(
+        csr.indptr, csr.indices.astype(np.uint16), csr.data, {"total": total, "batch": batch}
+    )
+    ready(event, [got])
+    np.testing.assert_allclose(got.cpu().numpy(), want.toarray(), rtol=2e-6)
+    assert columns["batch"].cpu().numpy().tolist() == batch.tolist()
 
 
 def test_a_step_of_a_later_version_is_refused() -> None:

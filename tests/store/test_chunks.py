@@ -1,4 +1,4 @@
-"""The direct reader of chunks: zarr's values, for every layout that it knows; None for the others."""
+"""The direct reader: zarr's values, for every layout that it knows; None for the others."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from streamx.errors import IntegrityError
-from streamx.store import layout
-from streamx.store.chunks import Values, open_values
+from streamx.store import decode, layout
+from streamx.store.chunks import Chunks, open_chunks
 from streamx.store.location import Location
 
 N, CHUNK = 10_007, 1024
@@ -31,20 +31,47 @@ def write(folder: Path, preset: str, dtype: str, per_shard: int = 3, name: str =
     return values
 
 
-def opened(folder: Path, name: str = "data") -> Values:
-    found = open_values(Location(folder / "store"), f"X/{name}", {})
+def opened(folder: Path, name: str = "data") -> Chunks:
+    found = open_chunks(Location(folder / "store"), f"X/{name}", {})
     assert found is not None
     return found
 
 
-@pytest.mark.parametrize("preset", ["default", "speed", "remote"])
+def read(chunks: Chunks, low: int, high: int) -> np.ndarray:
+    """Values low..high, decoded chunk by chunk, from the file and from a buffer alike."""
+    assert decode.available()
+    number_k = np.arange(low // chunks.chunk, -(-high // chunks.chunk))
+    frames = chunks.frames(number_k)
+    start, stop, at = (np.array([value]) for value in (low, high, 0))
+    ranges, given_k3, end = chunks.ranges(frames, 0)
+    given = np.empty(end, np.uint8)
+    chunks.location.read_ranges(ranges, given)
+    results = []
+    for frame_k3 in (frames.frame_k3, given_k3):
+        scratch, out = np.empty(chunks.chunk, chunks.dtype), np.empty(high - low, chunks.dtype)
+        answer = decode.place_chunks(
+            number_k, frame_k3, frame_k3, given, 1 << 18, chunks.chunk, chunks.coding, chunks.coding, True,
+            start, stop, at, scratch, scratch.copy(), np.empty_like(out), out,
+        )  # fmt: skip
+        if answer:
+            raise chunks.damaged(0, decode.WHAT[answer % decode.N_ERRORS])
+        results.append(out)
+    np.testing.assert_array_equal(*results)
+    return results[0]
+
+
+@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr")
+@pytest.mark.parametrize("preset", ["default", "speed", "remote", "compact"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "float32"])
 @pytest.mark.parametrize("per_shard", [1, 4])
-def test_same_values_as_zarr(tmp_path: Path, preset: str, dtype: str, per_shard: int) -> None:
-    values = write(tmp_path, preset, dtype, per_shard)
-    reader = opened(tmp_path)
+@pytest.mark.parametrize("name", ["indices", "data"])
+def test_same_values_as_zarr(tmp_path: Path, preset: str, dtype: str, per_shard: int, name: str) -> None:
+    if dtype == "float32" and name == "indices":
+        return  # genes are integers
+    values = write(tmp_path, preset, dtype, per_shard, name)
+    reader = opened(tmp_path, name)
     for low, high in [(0, N), (0, 0), (0, 1), (N - 1, N), (N, N), (1023, 1025), (3072, 5120), (100, 9000)]:
-        found = reader.read(low, high)
+        found = read(reader, low, high)
         assert found.dtype == values.dtype
         np.testing.assert_array_equal(found, values[low:high])
 
@@ -57,17 +84,14 @@ def test_any_range(tmp_path_factory: pytest.TempPathFactory, a: int, b: int) -> 
         np.save(folder.parent / "any_range.npy", write(folder, "default", "uint16"))
     values = np.load(folder.parent / "any_range.npy")
     low, high = min(a, b), max(a, b)
-    np.testing.assert_array_equal(opened(folder).read(low, high), values[low:high])
+    np.testing.assert_array_equal(read(opened(folder), low, high), values[low:high])
 
 
-@pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr")
 def test_other_layouts_are_left_to_zarr(tmp_path: Path) -> None:
-    write(tmp_path, "compact", "uint16", name="indices")  # delta
-    assert open_values(Location(tmp_path / "store"), "X/indices", {}) is None
     zarr.create_array(tmp_path / "store/plain", shape=(10,), dtype="u2", chunks=(5,), zarr_format=3)
-    assert open_values(Location(tmp_path / "store"), "plain", {}) is None
+    assert open_chunks(Location(tmp_path / "store"), "plain", {}) is None
     zarr.create_array(tmp_path / "store/flat", shape=(4, 4), dtype="u2", chunks=(2, 2), shards=(4, 4))
-    assert open_values(Location(tmp_path / "store"), "flat", {}) is None
+    assert open_chunks(Location(tmp_path / "store"), "flat", {}) is None
 
 
 def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
@@ -81,24 +105,24 @@ def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
         broken[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(bytes(broken))
         with pytest.raises(IntegrityError):
-            opened(tmp_path).read(0, N)
+            read(opened(tmp_path), 0, N)
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(IntegrityError):
-            opened(tmp_path).read(0, N)
+            read(opened(tmp_path), 0, N)
     path.write_bytes(whole)
-    np.testing.assert_array_equal(opened(tmp_path).read(0, N), values)
+    np.testing.assert_array_equal(read(opened(tmp_path), 0, N), values)
 
 
 def test_lost_objects_and_metadata(tmp_path: Path) -> None:
     write(tmp_path, "default", "uint16", per_shard=3)
     location = Location(tmp_path / "store")
     (tmp_path / "store/X/data/c/2").unlink()
-    reader = open_values(location, "X/data", {"X/data/c/2": [1, "0"]})
+    reader = open_chunks(location, "X/data", {"X/data/c/2": [1000, "0"]})
     assert reader is not None
-    reader.read(0, 2 * 3 * CHUNK)
+    read(reader, 0, 2 * 3 * CHUNK)
     with pytest.raises(IntegrityError, match="missing"):
-        reader.read(0, N)
+        read(reader, 0, N)
     about = json.loads(location.read("X/data/zarr.json"))
     with pytest.raises(IntegrityError, match="metadata"):
-        open_values(location, "X/data", {"X/data/zarr.json": [len(str(about)), "00000000"]})
+        open_chunks(location, "X/data", {"X/data/zarr.json": [len(str(about)), "00000000"]})

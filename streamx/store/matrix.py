@@ -1,0 +1,275 @@
+"""The CSR matrix of a shard, and :func:`gather`: rows of any shards, in any order, into three arrays.
+
+Every read of counts goes through here. Rows are planned on plain arrays (which values, which chunks, which
+bytes, where each row goes), and then placed by one kernel (:mod:`streamx.store.decode`), or by way of zarr
+where the layout is not ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from streamx.errors import IntegrityError
+from streamx.store.chunks import Chunks, Frames, open_chunks
+from streamx.store.location import RESTORE, Location, ObjectTable
+from streamx.store.read import Read, integrity, open_group
+
+OFFSETS = 64  # chunks of row offsets that are remembered per shard, 64 KB each
+
+Allocate = Callable[[int, Any], np.ndarray]
+
+
+class Matrix:
+    """The matrix at ``<path>/X`` of a location.
+
+    Parameters
+    ----------
+    expected
+        Objects that must exist, from the manifest.
+    verify
+        Check the checksum of every chunk that is read.
+    """
+
+    def __init__(self, location: Location, path: str, expected: ObjectTable, verify: bool = True) -> None:
+        self.location, self.path, self.expected, self.verify = location, path, expected, verify
+
+    @cached_property
+    def values(self) -> tuple[Chunks, Chunks] | None:
+        """indices and data on one chunk grid, or None: only zarr can read them."""
+        from streamx.store import decode
+
+        found = [
+            open_chunks(self.location, f"{self.path}/X/{name}", self.expected) for name in ("indices", "data")
+        ]
+        indices, data = found
+        if indices is None or data is None or not decode.available():
+            return None
+        return (indices, data) if (indices.n, indices.chunk) == (data.n, data.chunk) else None
+
+    @cached_property
+    def group(self) -> Any:
+        """The shard as zarr opens it."""
+        return open_group(self.location, self.path, self.expected)
+
+    def row_offsets(self, start: int, stop: int) -> np.ndarray:
+        """Entries start..stop of indptr and the one after, int64."""
+        chunk, read = self._offsets
+        if chunk is None:
+            return read(0)[start : stop + 1]
+        pieces = [read(k) for k in range(start // chunk, stop // chunk + 1)]
+        first = start // chunk * chunk
+        return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces))[start - first : stop + 1 - first]
+
+    @cached_property
+    def _offsets(self) -> tuple[int | None, Callable[[int], np.ndarray]]:
+        from streamx.store import decode
+
+        chunks = open_chunks(self.location, f"{self.path}/X/indptr", self.expected)
+        if chunks is None or chunks.dtype != np.int64 or not decode.available():
+            return None, lru_cache(1)(partial(_whole_offsets, self.location, self.path, self.expected))
+        return chunks.chunk, lru_cache(OFFSETS)(partial(_offsets_of, chunks))
+
+
+def _whole_offsets(location: Location, path: str, expected: ObjectTable, _: int) -> np.ndarray:
+    with integrity(f"{location}/{path}/X/indptr"):
+        return np.asarray(open_group(location, path, expected)["X/indptr"][:], dtype=np.int64)
+
+
+def _offsets_of(chunks: Chunks, number: int) -> np.ndarray:
+    """One chunk of row offsets."""
+    from streamx.store import decode
+
+    frames = chunks.frames(np.array([number]))
+    _, first, size = frames.frame_k3[0].tolist()
+    raw, values = np.empty(size, np.uint8), np.empty(chunks.chunk, chunks.dtype)
+    shard = int(frames.shard_k[0])
+    if size:
+        chunks.location.read_ranges([(chunks.object_of(shard), first, size, 0)], raw)
+    error = decode.decode_chunk(raw, *chunks.coding, True, values)
+    if error:
+        raise chunks.damaged(shard, decode.WHAT[error])
+    return values[: chunks.n - number * chunks.chunk]
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Rows of one shard, ascending: the values of each, where these go (-1: nowhere), and what holds them."""
+
+    matrix: Matrix
+    start_n: np.ndarray
+    stop_n: np.ndarray
+    at_n: np.ndarray
+    cuts: list[int]
+    number_k: np.ndarray
+    frames: tuple[Frames, Frames] | None
+
+
+def gather(
+    matrix_of: Callable[[int], Matrix],
+    reads: Sequence[Read],
+    order: np.ndarray | None,
+    index_dtype: Any,
+    data_dtype: Any,
+    allocate: Allocate = np.empty,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows of shards as one CSR matrix.
+
+    Parameters
+    ----------
+    matrix_of
+        Shard number -> its matrix.
+    reads
+        Rows to read; ascending and disjoint ones of a shard that follow each other are read together.
+    order
+        int64: which of the rows read come out, and in which order; none twice. None: all, as they were read.
+    index_dtype, data_dtype
+        Of the result; None for indices: int32, or int64 where there are too many values.
+    allocate
+        Makes the arrays of indices and data.
+
+    Returns
+    -------
+    indptr int64, indices, data.
+
+    Raises
+    ------
+    IntegrityError
+        If stored bytes are missing or not those that were written.
+    """
+    offsets = [matrix_of(read.shard).row_offsets(read.start, read.stop) for read in reads]
+    start_n, stop_n = (
+        np.concatenate([part[which] for part in offsets]) if offsets else np.zeros(0, np.int64)
+        for which in (slice(None, -1), slice(1, None))
+    )
+    size_n = stop_n - start_n
+    indptr = np.zeros((len(size_n) if order is None else len(order)) + 1, np.int64)
+    np.cumsum(size_n if order is None else size_n[order], out=indptr[1:])
+    at_n = indptr[:-1]
+    if order is not None:
+        at_n = np.full(len(size_n), -1, np.int64)
+        at_n[order] = indptr[:-1]
+    if index_dtype is None:
+        index_dtype = np.int32 if indptr[-1] <= np.iinfo(np.int32).max else np.int64
+    indices, data = allocate(int(indptr[-1]), index_dtype), allocate(int(indptr[-1]), data_dtype)
+    tasks = _tasks(matrix_of, reads, offsets, start_n, stop_n, at_n)
+    frames, given = _bytes_of(tasks)
+    for task, (frames_i, frames_d) in zip(tasks, frames, strict=True):
+        _place(task, frames_i, frames_d, given, indices, data)
+    return indptr, indices, data
+
+
+def _tasks(
+    matrix_of: Callable[[int], Matrix],
+    reads: Sequence[Read],
+    offsets: list[np.ndarray],
+    start_n: np.ndarray,
+    stop_n: np.ndarray,
+    at_n: np.ndarray,
+) -> list[_Task]:
+    """One task for all rows that one kernel call can place."""
+    tasks = []
+    rows = np.cumsum([0, *(read.stop - read.start for read in reads)]).tolist()
+    low = 0
+    for high in range(1, len(reads) + 1):
+        follows = (
+            high < len(reads)
+            and reads[high].shard == reads[high - 1].shard
+            and reads[high].start >= reads[high - 1].stop
+        )
+        if follows:
+            continue
+        matrix, own = matrix_of(reads[low].shard), slice(rows[low], rows[high])
+        number_k, frames = np.zeros(0, np.int64), None
+        if matrix.values is not None:
+            first, last = (np.array([part[end] for part in offsets[low:high]]) for end in (0, -1))
+            number_k = _chunk_numbers(first, last, matrix.values[0].chunk)
+            frames = (matrix.values[0].frames(number_k), matrix.values[1].frames(number_k))
+        cuts = [row - rows[low] for row in rows[low : high + 1]]
+        tasks.append(_Task(matrix, start_n[own], stop_n[own], at_n[own], cuts, number_k, frames))
+        low = high
+    return tasks
+
+
+def _chunk_numbers(first: np.ndarray, last: np.ndarray, chunk: int) -> np.ndarray:
+    """Chunks that hold the values first..last of ascending ranges, each once."""
+    low, high = first // chunk, -(-last // chunk)
+    high = np.maximum(high, low)
+    low[1:] = np.maximum(low[1:], np.maximum.accumulate(high)[:-1])
+    count = np.where(last > first, np.maximum(high - low, 0), 0)
+    return np.repeat(low - (np.cumsum(count) - count), count) + np.arange(count.sum())
+
+
+def _bytes_of(tasks: list[_Task]) -> tuple[list[list[np.ndarray]], np.ndarray]:
+    """Frames of both arrays of each task; those without a descriptor are read now, all at once."""
+    ranges: list[tuple[str, int, int, int]] = []
+    end = 0
+    found = []
+    for task in tasks:
+        both = [np.zeros((0, 3), np.int64)] * 2
+        for which, frames in enumerate(task.frames or ()):
+            both[which] = frames.frame_k3
+            if any(file.descriptor < 0 for file in frames.files):
+                assert task.matrix.values is not None
+                more, both[which], end = task.matrix.values[which].ranges(frames, end)
+                ranges += more
+        found.append(both)
+    given = np.empty(end, np.uint8)
+    if ranges:
+        tasks[0].matrix.location.read_ranges(ranges, given)
+    return found, given
+
+
+def _place(
+    task: _Task,
+    frames_i: np.ndarray,
+    frames_d: np.ndarray,
+    given: np.ndarray,
+    indices: np.ndarray,
+    data: np.ndarray,
+) -> None:
+    from streamx.store import decode
+
+    matrix = task.matrix
+    if task.frames is None:
+        _place_by_zarr(task, indices, data)
+        return
+    assert matrix.values is not None
+    columns, values = matrix.values
+    largest = max(int(frames[:, 2].max(initial=0)) for frames in (frames_i, frames_d))
+    answer = decode.place_chunks(
+        task.number_k, frames_i, frames_d, given, max(largest, decode.READ_AHEAD), columns.chunk,
+        columns.coding, values.coding, matrix.verify, task.start_n, task.stop_n, task.at_n,
+        np.empty(columns.chunk, columns.dtype), np.empty(values.chunk, values.dtype), indices, data,
+    )  # fmt: skip
+    if answer:
+        which, error = divmod(answer, decode.N_ERRORS)
+        k, of_data = divmod(which, 2)
+        assert task.frames is not None
+        raise matrix.values[of_data].damaged(int(task.frames[of_data].shard_k[k]), decode.WHAT[error])
+
+
+def _place_by_zarr(task: _Task, indices: np.ndarray, data: np.ndarray) -> None:
+    from streamx.store import decode
+
+    for low, high in pairwise(task.cuts):
+        if low == high:
+            continue
+        first, last = int(task.start_n[low]), int(task.stop_n[high - 1])
+        where = f"{task.matrix.location}/{task.matrix.path}"
+        with integrity(where):
+            columns, values = (
+                np.asarray(task.matrix.group[f"X/{name}"][first:last]) for name in ("indices", "data")
+            )
+        if len(columns) != last - first or len(values) != last - first:
+            raise IntegrityError("values are missing", where=where, fix=RESTORE)
+        rows = slice(low, high)
+        decode.place(
+            0, high - low, columns, values, first,
+            task.start_n[rows], task.stop_n[rows], task.at_n[rows], indices, data,
+        )  # fmt: skip
