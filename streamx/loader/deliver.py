@@ -13,6 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from streamx.loader.transform import ToDevice, Transform, inverse_of, ready, transformed
+from streamx.store.matrix import Allocate
 
 OUTPUTS = ("dense", "scipy", "csr", "compact")
 
@@ -124,12 +125,21 @@ class Delivery:
         stored, without transform.
     scale_bg
         What the transform divides by.
+    allocate
+        (values, dtype) -> an array for what is made.
     """
 
     def __init__(
-        self, output: str, n_genes: int, transform: Transform, scale_bg: np.ndarray | None, device: Any
+        self,
+        output: str,
+        n_genes: int,
+        transform: Transform,
+        scale_bg: np.ndarray | None,
+        device: Any,
+        allocate: Allocate,
     ) -> None:
         self.output, self.n_genes, self.transform, self.device = output, n_genes, transform, device
+        self.allocate = allocate
         self.inverse_bg = None if scale_bg is None or transform.scale is None else inverse_of(scale_bg)
         self._to_device = None
         if device is not None and output == "dense" and str(device).split(":")[0] != "cpu":
@@ -167,7 +177,7 @@ class Delivery:
         low, high = int(indptr[0]), int(indptr[-1])
         if self.output == "compact":
             return lambda a, b: self._rows(indptr, block.indices, block.data, 0, a, b)
-        data = np.empty(high - low, np.float32)
+        data = self.allocate(high - low, np.float32)
         transformed(
             indptr, block.indices, block.data, self.transform, columns.get("total"), columns["batch"],
             self.inverse_bg, data,
@@ -175,7 +185,8 @@ class Delivery:
         if self.output == "dense":
             from streamx.loader.kernels import densify
 
-            x_ng = np.empty((len(indptr) - 1, self.n_genes), np.float32)
+            n = len(indptr) - 1
+            x_ng = self.allocate(n * self.n_genes, np.float32).reshape(n, self.n_genes)
             densify(indptr - low, block.indices[low:high], data, x_ng)
             if self.device is None:
                 return lambda a, b: x_ng[a:b]
@@ -183,7 +194,8 @@ class Delivery:
 
             tensor = torch.from_numpy(x_ng)
             return lambda a, b: tensor[a:b]
-        indices = block.indices[low:high].astype(np.int32)
+        indices = self.allocate(high - low, np.int32)
+        indices[:] = block.indices[low:high]
         if self.output == "csr":
             return lambda a, b: self._rows(indptr, indices, data, low, a, b)
         return lambda a, b: self._scipy(indptr, indices, data, low, a, b)

@@ -6,12 +6,14 @@ import numpy as np
 
 from streamx.store.decode import compiled
 
-REMEMBERED = 64  # small counts of a cell whose transformed value is computed once
+REMEMBERED = 16  # small counts, whose value is computed once per cell
 
 
 @compiled
 def transform_rows(indptr, indices, data, factor_n, binarize, log1p, inverse, base_n, out):
     """Transform the stored values of rows into `out`, float32, which begins at the first row's first value.
+
+    Most values of a cell are small counts and occur many times: each is scaled and logged once.
 
     Parameters
     ----------
@@ -23,30 +25,21 @@ def transform_rows(indptr, indices, data, factor_n, binarize, log1p, inverse, ba
         Values are multiplied by ``inverse[base_n[row] + gene]``; no entries: not.
     out
         May be `data` itself.
-
-    Most values of a cell are small counts and occur many times: each is scaled and logged once.
     """
-    memo = np.empty(REMEMBERED, np.float32)
+    small = np.empty(REMEMBERED, np.float32)
     first = indptr[0]
     for row in range(len(indptr) - 1):
         low, high = indptr[row], indptr[row + 1]
         values, columns, target = data[low:high], indices[low:high], out[low - first : high - first]
         factor = factor_n[row]
-        memo[:] = -1.0
+        for k in range(REMEMBERED):
+            small[k] = _transformed(np.float32(k), factor, binarize, log1p)
         for j in range(high - low):
-            x = np.float32(values[j])
-            if binarize:
-                x = np.float32(x > 0)
-            small = 0 <= x < REMEMBERED and x == np.float32(int(x))
-            if small and memo[int(x)] >= 0:
-                target[j] = memo[int(x)]
-                continue
-            y = x * factor
-            if log1p:
-                y = np.log1p(y)
-            if small and y >= 0:
-                memo[int(x)] = y
-            target[j] = y
+            x = values[j]
+            if x >= 0 and x < REMEMBERED and x == np.int64(x):
+                target[j] = small[np.uint64(x)]
+            else:
+                target[j] = _transformed(np.float32(x), factor, binarize, log1p)
         if inverse.size:
             table = inverse[base_n[row] :]
             for j in range(high - low):
@@ -54,12 +47,20 @@ def transform_rows(indptr, indices, data, factor_n, binarize, log1p, inverse, ba
 
 
 @compiled
+def _transformed(x, factor, binarize, log1p):
+    if binarize:
+        x = np.float32(x > 0)
+    x = x * factor
+    return np.log1p(x) if log1p else x
+
+
+@compiled
 def densify(indptr, indices, data, out):
     """Rows as dense ones: `out`, float32 (n, n_genes), is overwritten."""
-    out[:] = 0
     n_genes = np.uint64(out.shape[1])
     for row in range(len(indptr) - 1):
         target = out[row]
+        target[:] = 0  # a row at a time: it is still in the cache when its values come
         for j in range(indptr[row], indptr[row + 1]):
             gene = np.uint64(indices[j])
             if gene < n_genes:

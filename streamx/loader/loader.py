@@ -139,13 +139,14 @@ class Loader:
         declared = self.view.view["transform"] if transform and self.view.view else None
         self.transform = Transform.of(declared)
         scale_bg = self.view.scale_bg if self.transform.scale else None
-        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device)
         chosen = selection(rows, self.view.n_obs)
         self._strata_n = None if stratify is None else _codes(self.view, stratify)
         self._rows = Rows(self.view.batch_runs, chosen, self._weights(weights, chosen), n_samples, seed)
         self._total_n = self._totals()
         self.budget = self._plan_memory(parse_bytes(memory))
         self._pool = Pool(2 * (self.budget.fetches + max(1, threads)))
+        made = Pool(3 * self.budget.groups + 2)
+        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device, made)
         self._cursor = (epoch, 0)
 
     def plan(self, epoch: int | None = None) -> Plan:

@@ -101,6 +101,9 @@ def transformed(
     out
         float32, one value for each of the rows' stored ones; may be `data` itself.
     """
+    if transform == Transform():
+        out[:] = data[indptr[0] : indptr[-1]]
+        return
     from streamx.loader.kernels import transform_rows
 
     n = len(indptr) - 1
