@@ -234,7 +234,7 @@ class Loader:
         fetch = plan.fetch(number)
         positions = [np.arange(low, high) for low, high in fetch.ranges]
         position_n = np.concatenate([*positions, np.zeros(0, np.int64)])[fetch.order]
-        ranges, keep = to_read(rows, fetch.ranges)
+        ranges, keep = to_read(rows, fetch.ranges) if len(position_n) else ([], None)
         order = fetch.order if keep is None else keep[fetch.order]
         row_n = position_n + rows.start if isinstance(rows, slice) else rows[position_n]
         indptr, indices, data = self._gather(ranges, order)
@@ -246,12 +246,12 @@ class Loader:
             batch_n=code_r[np.searchsorted(bounds, row_n, side="right") - 1].astype(np.int64),
             row_n=row_n,
             total_n=None if self._total_n is None else self._total_n[row_n],
-            obsm={
-                name: np.concatenate([self.view.read_obsm(name, low, high) for low, high in ranges])[order]
-                for name in self.view.modalities
-            },
+            obsm={name: self._read_obsm(name, ranges)[order] for name in self.view.modalities},
             cuts=fetch.cuts,
         )
+
+    def _read_obsm(self, name: str, ranges: list[tuple[int, int]]) -> np.ndarray:
+        return np.concatenate([self.view.read_obsm(name, low, high) for low, high in [(0, 0), *ranges]])
 
     def _gather(
         self, ranges: list[tuple[int, int]], order: np.ndarray

@@ -11,7 +11,8 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from streamx.store import Collection
+from streamx.store import Collection, decode
+from streamx.store.chunks import Chunks
 
 FILE, FILE_ROW, NAME = "_streamx_file", "_streamx_file_row", "_streamx_name"
 
@@ -86,3 +87,26 @@ def assert_holds(collection: Collection, inputs: Mapping[str, ad.AnnData]) -> No
             if collection.manifest.obs_schema[column]["dtype"] in ("category", "string"):
                 wanted = wanted.astype(str)
             assert list(found[~missing]) == list(wanted[~missing]), column
+
+
+def read_values(chunks: Chunks, low: int, high: int) -> np.ndarray:
+    """Values low..high, decoded chunk by chunk, from the file and from a buffer alike."""
+    assert decode.available()
+    number_k = np.arange(low // chunks.chunk, -(-high // chunks.chunk))
+    frames = chunks.frames(number_k)
+    start, stop, at = (np.array([value]) for value in (low, high, 0))
+    ranges, given_k3, end = chunks.ranges(frames, 0)
+    given = np.empty(end, np.uint8)
+    chunks.location.read_ranges(ranges, given)
+    results = []
+    for frame_k3 in (frames.frame_k3, given_k3):
+        scratch, out = np.empty(chunks.chunk, chunks.dtype), np.empty(high - low, chunks.dtype)
+        answer = decode.place_chunks(
+            number_k, frame_k3, frame_k3, given, 1 << 18, chunks.chunk, chunks.coding, chunks.coding, True,
+            start, stop, at, scratch, scratch.copy(), np.empty_like(out), out,
+        )  # fmt: skip
+        if answer:
+            raise chunks.damaged(0, decode.WHAT[answer % decode.N_ERRORS])
+        results.append(out)
+    np.testing.assert_array_equal(*results)
+    return results[0]

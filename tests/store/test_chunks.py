@@ -10,9 +10,10 @@ import pytest
 import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from store_samples import read_values
 
 from streamx.errors import IntegrityError
-from streamx.store import decode, layout
+from streamx.store import layout
 from streamx.store.chunks import Chunks, open_chunks
 from streamx.store.location import Location
 
@@ -37,29 +38,6 @@ def opened(folder: Path, name: str = "data") -> Chunks:
     return found
 
 
-def read(chunks: Chunks, low: int, high: int) -> np.ndarray:
-    """Values low..high, decoded chunk by chunk, from the file and from a buffer alike."""
-    assert decode.available()
-    number_k = np.arange(low // chunks.chunk, -(-high // chunks.chunk))
-    frames = chunks.frames(number_k)
-    start, stop, at = (np.array([value]) for value in (low, high, 0))
-    ranges, given_k3, end = chunks.ranges(frames, 0)
-    given = np.empty(end, np.uint8)
-    chunks.location.read_ranges(ranges, given)
-    results = []
-    for frame_k3 in (frames.frame_k3, given_k3):
-        scratch, out = np.empty(chunks.chunk, chunks.dtype), np.empty(high - low, chunks.dtype)
-        answer = decode.place_chunks(
-            number_k, frame_k3, frame_k3, given, 1 << 18, chunks.chunk, chunks.coding, chunks.coding, True,
-            start, stop, at, scratch, scratch.copy(), np.empty_like(out), out,
-        )  # fmt: skip
-        if answer:
-            raise chunks.damaged(0, decode.WHAT[answer % decode.N_ERRORS])
-        results.append(out)
-    np.testing.assert_array_equal(*results)
-    return results[0]
-
-
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr")
 @pytest.mark.parametrize("preset", ["default", "speed", "remote", "compact"])
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "float32"])
@@ -71,7 +49,7 @@ def test_same_values_as_zarr(tmp_path: Path, preset: str, dtype: str, per_shard:
     values = write(tmp_path, preset, dtype, per_shard, name)
     reader = opened(tmp_path, name)
     for low, high in [(0, N), (0, 0), (0, 1), (N - 1, N), (N, N), (1023, 1025), (3072, 5120), (100, 9000)]:
-        found = read(reader, low, high)
+        found = read_values(reader, low, high)
         assert found.dtype == values.dtype
         np.testing.assert_array_equal(found, values[low:high])
 
@@ -84,7 +62,7 @@ def test_any_range(tmp_path_factory: pytest.TempPathFactory, a: int, b: int) -> 
         np.save(folder.parent / "any_range.npy", write(folder, "default", "uint16"))
     values = np.load(folder.parent / "any_range.npy")
     low, high = min(a, b), max(a, b)
-    np.testing.assert_array_equal(read(opened(folder), low, high), values[low:high])
+    np.testing.assert_array_equal(read_values(opened(folder), low, high), values[low:high])
 
 
 def test_other_layouts_are_left_to_zarr(tmp_path: Path) -> None:
@@ -105,13 +83,13 @@ def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
         broken[at] ^= 1 << int(rng.integers(8))
         path.write_bytes(bytes(broken))
         with pytest.raises(IntegrityError):
-            read(opened(tmp_path), 0, N)
+            read_values(opened(tmp_path), 0, N)
     for size in (0, 10, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(IntegrityError):
-            read(opened(tmp_path), 0, N)
+            read_values(opened(tmp_path), 0, N)
     path.write_bytes(whole)
-    np.testing.assert_array_equal(read(opened(tmp_path), 0, N), values)
+    np.testing.assert_array_equal(read_values(opened(tmp_path), 0, N), values)
 
 
 def test_lost_objects_and_metadata(tmp_path: Path) -> None:
@@ -120,9 +98,9 @@ def test_lost_objects_and_metadata(tmp_path: Path) -> None:
     (tmp_path / "store/X/data/c/2").unlink()
     reader = open_chunks(location, "X/data", {"X/data/c/2": [1000, "0"]})
     assert reader is not None
-    read(reader, 0, 2 * 3 * CHUNK)
+    read_values(reader, 0, 2 * 3 * CHUNK)
     with pytest.raises(IntegrityError, match="missing"):
-        read(reader, 0, N)
+        read_values(reader, 0, N)
     about = json.loads(location.read("X/data/zarr.json"))
     with pytest.raises(IntegrityError, match="metadata"):
         open_chunks(location, "X/data", {"X/data/zarr.json": [len(str(about)), "00000000"]})

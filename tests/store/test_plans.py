@@ -12,10 +12,11 @@ import zarr
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import sparse
+from store_samples import read_values
 
 from streamx.errors import UsageError
 from streamx.store import layout
-from streamx.store.chunks import open_values
+from streamx.store.chunks import open_chunks
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame
 from streamx.store.frame import read_frame
 from streamx.store.journal import Journal, first_difference
@@ -226,10 +227,10 @@ def test_beyond_2_31_values(tmp_path: Path) -> None:
     )  # fmt: skip
     values = np.random.default_rng(0).integers(1, 255, 5000).astype(np.uint8)
     array[n - 5000 : n] = values
-    reader = open_values(Location(tmp_path / "store"), "data", {})
+    reader = open_chunks(Location(tmp_path / "store"), "data", {})
     assert reader is not None
-    np.testing.assert_array_equal(reader.read(n - 5000, n), values)
-    np.testing.assert_array_equal(reader.read(n - 7, n - 2), values[-7:-2])
+    np.testing.assert_array_equal(read_values(reader, n - 5000, n), values)
+    np.testing.assert_array_equal(read_values(reader, n - 7, n - 2), values[-7:-2])
     np.testing.assert_array_equal(array[n - 5000 : n], values)
     plan = plan_shards(np.full(2_200_001, 1000), first_number=0, shard_rows=1 << 22)[0]
     assert plan.nnz == 2_200_001_000
