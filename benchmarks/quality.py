@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import zlib
@@ -27,6 +25,7 @@ sys.path[:0] = [str(HERE), str(HERE / "peers")]
 
 import numpy as np  # noqa: E402
 from clock import clock, pin_threads, since  # noqa: E402
+from provenance import commit, machine  # noqa: E402
 from report import criteria, table  # noqa: E402
 from sets import SETS, BenchSet, checksum, data_dir, write_inputs  # noqa: E402
 
@@ -46,34 +45,6 @@ def source_crc() -> str:
         if path.relative_to(root).parts[0] not in BYSTANDERS:
             crc = zlib.crc32(path.read_bytes(), crc)
     return f"{crc:08x}"
-
-
-def commit() -> str:
-    """Short hash of the checkout, with "+" if files differ from it."""
-    asked = ("git", "-C", str(HERE.parent))
-    try:
-        name = subprocess.run([*asked, "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout
-        changed = subprocess.run(
-            [*asked, "status", "--porcelain", "--untracked-files=no", "streamx"],
-            capture_output=True,
-            text=True,
-        ).stdout
-    except OSError:
-        return "unknown"
-    return (name.strip() or "unknown") + ("+" if changed.strip() else "")
-
-
-def machine() -> str:
-    """Processor and number of cores."""
-    model = platform.processor() or platform.machine()
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.split(":", 1)[1].strip()
-                break
-    except OSError:
-        pass
-    return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 
 
 def key_of(bench: BenchSet, method: str, seed: int, iterations: int | None, data: str) -> dict[str, Any]:
