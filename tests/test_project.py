@@ -143,7 +143,7 @@ def test_small_batches_take_the_reference_statistics(
         got = mapped(model, cells, tmp_path, **settings)
     np.testing.assert_allclose(got, expected(model, cells, "domain", "query", batch, small=(1,)), atol=2e-5)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", StreamxWarning)
         mapped(model, cells, tmp_path / "running", norm="running", min_query_cells=100)
 
 

@@ -133,13 +133,19 @@ def test_told_to_stop(number: signal.Signals, code: int, tmp_path: Path) -> None
         sys.exit(main(["verify", "store"]))
     """
     child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
     )
     while not started.exists():
         assert child.poll() is None
         time.sleep(0.02)
     child.send_signal(number)
-    _, err = child.communicate(timeout=10)
+    try:
+        _, err = child.communicate(timeout=10)
+    finally:
+        child.kill()
     assert child.returncode == code
     assert cleaned.exists()
     assert "Traceback" not in err
