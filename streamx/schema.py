@@ -147,6 +147,9 @@ def _diagnose(
     if folded > max(1, 1.5 * alignment.found):  # compared with what is found: a file may hold few genes
         cause = f"; wrong organism: ignoring upper and lower case {folded:,} match (human ACTB, mouse Actb)"
         return cause, "map onto a reference of the same organism, or rename the genes to its orthologs"
+    if not alignment.found:
+        cause = "; no name is shared: another organism, or another kind of gene name"
+        return cause, "use data of the same organism, with genes named alike"
     return "", "check that the data come from the same organism and genome annotation"
 
 

@@ -62,8 +62,10 @@ def test_the_likely_cause_is_named() -> None:
         overlap([f"{h}.3" for h in human], human)
     with pytest.raises(GeneError, match="these are gene symbols, the target has Ensembl ids"):
         overlap(["ACTB", "CD3E"], human)
+    with pytest.raises(GeneError, match="no name is shared: another organism"):
+        overlap(["hlh-16", "msa-1"], ["ACTB", "CD3E"])
     with pytest.raises(GeneError, match="same organism and genome annotation"):
-        overlap(["x"], ["ACTB", "CD3E"])
+        overlap(["x", "ACTB"], ["ACTB", "CD3E", "MS4A1"])
 
 
 def test_no_target_genes() -> None:
