@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 _PUBLIC: dict[str, str] = {
     "open": "streamx.store.collection:open_collection",
     "convert": "streamx.store.convert:convert",
-    "verify": "streamx.store.verify:verify",
+    "verify": "streamx.verify:verify",
     "annotate": "streamx.store.annotate:annotate",
     "preprocess": "streamx.preprocess.run:preprocess",
     "Loader": "streamx.loader.loader:Loader",

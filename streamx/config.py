@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from streamx.errors import UsageError
@@ -14,9 +15,16 @@ from streamx.errors import UsageError
 UNLABELED = ("", "unknown", "Unknown")
 
 
-def option(default: Any, help: str, *, choices: tuple[str, ...] | None = None, many: bool = False) -> Any:
-    """A dataclass field that carries what the command line needs to know about it."""
-    return field(default=default, metadata={"help": help, "choices": choices, "many": many})
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    many: bool = False,
+    least: float | None = None,
+) -> Any:
+    """A dataclass field that carries its help, what it may be, and whether the command line takes several."""
+    return field(default=default, metadata={"help": help, "choices": choices, "many": many, "least": least})
 
 
 def parse_bytes(text: str | int) -> int:
@@ -88,9 +96,9 @@ class ConvertConfig:
         choices=("default", "compact", "remote", "speed"),
     )
     shard_rows: int = option(1_048_576, "cells per shard, at most")
-    seed: int = option(0, "seed of the order of rows inside each batch")
+    seed: int = option(0, "seed of the order of rows inside each batch", least=0)
     memory: str = option("4GB", "memory that the work may use")
-    threads: int = option(0, "threads (0: one per core)")
+    threads: int = option(0, "threads (0: one per core)", least=0)
 
 
 @dataclass(frozen=True)
@@ -138,7 +146,7 @@ class PreprocessConfig:
     )
     allow_unmeasured: bool = option(False, "let a gene that some batch did not measure be a variable feature")
     memory: str = option("4GB", "memory that the work may use")
-    threads: int = option(0, "threads (0: one per core)")
+    threads: int = option(0, "threads (0: one per core)", least=0)
 
 
 @dataclass(frozen=True)
@@ -169,7 +177,7 @@ class TrainConfig:
         choices=("matched", "running", "domain", "minibatch"),
     )
     memory: str = option("4GB", "memory that the loader may use")
-    threads: int = option(0, "threads that read ahead (0: one per core); training itself uses one")
+    threads: int = option(0, "threads that read ahead (0: one per core); training itself uses one", least=0)
 
 
 @dataclass(frozen=True)
@@ -206,7 +214,7 @@ class ProjectConfig:
     on_error: str = option("stop", "a broken query stops the run, or is left out", choices=("stop", "skip"))
     device: str = option("auto", "cpu, cuda, cuda:1, or auto")
     memory: str = option("4GB", "memory that the work may use")
-    threads: int = option(0, "threads (0: one per core)")
+    threads: int = option(0, "threads (0: one per core)", least=0)
 
 
 @dataclass(frozen=True)
@@ -223,9 +231,9 @@ class TransferConfig:
     index: str = option("auto", "neighbour search", choices=("auto", "exact", "nndescent"))
     probabilities: bool = option(False, "also write the probability of every label")
     truth_key: str | None = option(None, "obs column of the query with the true labels: report accuracy")
-    seed: int = option(0, "seed of the neighbour index and of the recall sample")
+    seed: int = option(0, "seed of the neighbour index and of the recall sample", least=0)
     memory: str = option("4GB", "memory that the work may use")
-    threads: int = option(0, "threads (0: one per core)")
+    threads: int = option(0, "threads (0: one per core)", least=0)
 
 
 @dataclass(frozen=True)
@@ -238,12 +246,14 @@ class MetricsConfig:
     unlabeled: tuple[str, ...] = option(
         UNLABELED, "labels that mean none (missing ones always do)", many=True
     )
-    max_cells: int = option(40_000, "above this many cells metrics are sampled, with a confidence interval")
+    max_cells: int = option(
+        40_000, "above this many cells metrics are sampled, with a confidence interval", least=1
+    )
     resolution: str = option(
         "best", "Leiden resolution for NMI and ARI, or best: of 0.1, 0.2, ..., 2.0 the one with the best NMI"
     )
-    seed: int = option(0, "seed of all sampling")
-    threads: int = option(0, "threads (0: one per core)")
+    seed: int = option(0, "seed of all sampling", least=0)
+    threads: int = option(0, "threads (0: one per core)", least=0)
 
 
 @dataclass(frozen=True)
@@ -258,13 +268,15 @@ class PlotConfig:
         None, "obs column with batches (default: the one that the store was made with)"
     )
     format: str = option("png", "format of the figures", choices=("png", "pdf", "svg"))
-    n_neighbors: int = option(30, "neighbours in the graph that the UMAP is made from")
-    min_dist: float = option(0.1, "how closely the UMAP packs cells")
+    n_neighbors: int = option(30, "neighbours in the graph that the UMAP is made from", least=2)
+    min_dist: float = option(0.1, "how closely the UMAP packs cells", least=0)
     max_cells: int = option(
-        200_000, "the UMAP is fitted on at most this many cells, the others are placed from their neighbours"
+        200_000,
+        "the UMAP is fitted on at most this many cells, the others are placed from their neighbours",
+        least=10,
     )
-    seed: int = option(0, "seed of the UMAP and of the sketch that it is fitted on")
-    threads: int = option(0, "threads (0: one per core)")
+    seed: int = option(0, "seed of the UMAP and of the sketch that it is fitted on", least=0)
+    threads: int = option(0, "threads (0: one per core)", least=0)
 
 
 @dataclass(frozen=True)
@@ -312,7 +324,7 @@ class IntegrateConfig:
 
 
 def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:
-    """``cls(**settings)``, with an unknown name or choice as a :class:`UsageError`.
+    """``cls(**settings)``; an unknown name or choice, or a number too small, is a :class:`UsageError`.
 
     A single text for a setting of many is one of them, and not its letters.
     """
@@ -326,4 +338,9 @@ def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:
         choices = fields[name].metadata.get("choices")
         if choices and value is not None and value not in choices:
             raise UsageError(f"{name} = {value!r}", fix=f"one of {', '.join(choices)}")
+        least = fields[name].metadata.get("least")
+        if isinstance(value, float) and not isfinite(value):
+            raise UsageError(f"{name} = {value}", fix="a finite number")
+        if least is not None and value is not None and value < least:
+            raise UsageError(f"{name} = {value}", fix=f"at least {least:g}")
     return cls(**settings)

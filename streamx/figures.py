@@ -61,10 +61,10 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
         If a column to colour by exists nowhere; lists those there are.
     """
     config: PlotConfig = build(PlotConfig, settings)
-    folder = Path(output)
-    folder.mkdir(parents=True, exist_ok=True)
     reference = read_reference(model)
     queries = [] if mapped is None else read_queries(mapped, reference)
+    folder = Path(output)
+    folder.mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
 
     def path(name: str) -> Path:

@@ -24,6 +24,7 @@ from streamx.labels import encode_labels
 from streamx.metrics import agreement, score_latent
 from streamx.store.amend import amend
 from streamx.store.frame import column_names, read_column
+from streamx.store.manifest import journal_path
 from streamx.transfer import UNKNOWN, Transfer, gather, vote
 
 if TYPE_CHECKING:
@@ -110,7 +111,10 @@ def read_reference(model: str | Path) -> Cells:
     path = Path(model)
     if not path.is_dir():
         raise UsageError("no such model", where=str(path), fix="streamx train VIEW -o MODEL")
-    if not (path / "model.json").is_file() or not (path / REFERENCE).is_dir():
+    parts = path / "model.json", path / REFERENCE
+    if not any(part.exists() for part in (*parts, journal_path(path))):
+        raise BadFileError("is no model", where=str(path), fix="name the folder that `train -o` wrote")
+    if not all(part.exists() for part in parts):
         raise IncompleteError(
             "training has not finished", where=str(path), fix="run the same `streamx train` again to resume"
         )

@@ -74,6 +74,10 @@ def project(
     config: ProjectConfig = build(ProjectConfig, settings)
     model = model if isinstance(model, Model) else load_model(model)
     _check(model, config)
+    if any((Path(output) / name).exists() for name in ("streamx.json", "model.json")):
+        raise UsageError(
+            "holds a store, view or model", where=str(output), fix="choose another folder for what is mapped"
+        )
     if config.norm is None:
         config = replace(config, norm="minibatch" if model.clusters is None else "matched")
     asked = requests(queries)

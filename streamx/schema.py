@@ -143,10 +143,13 @@ def _diagnose(
         kind = ("Ensembl ids", "gene symbols")
         ours, theirs = kind if prefixes[0] else kind[::-1]
         return f"; these are {ours}, the target has {theirs}", "name the genes alike on both sides"
-    folded = align_share((n.upper() for n in names), {n.upper() for n in wanted})
-    if folded > max(alignment.overlap * 1.5, alignment.overlap + 0.2):
-        cause = f"; wrong organism: ignoring upper and lower case {folded:.0%} match (human ACTB, mouse Actb)"
+    folded = len({n.upper() for n in names} & {n.upper() for n in wanted})
+    if folded > max(1, 1.5 * alignment.found):  # compared with what is found: a file may hold few genes
+        cause = f"; wrong organism: ignoring upper and lower case {folded:,} match (human ACTB, mouse Actb)"
         return cause, "map onto a reference of the same organism, or rename the genes to its orthologs"
+    if not alignment.found:
+        cause = "; no name is shared: another organism, or another kind of gene name"
+        return cause, "use data of the same organism, with genes named alike"
     return "", "check that the data come from the same organism and genome annotation"
 
 

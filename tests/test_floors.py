@@ -43,10 +43,11 @@ ROOMS: dict[str, set[str]] = {
     "plots": CORE | {"labels", "neighbors", "metrics"},
     "figures": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
+    "verify": CORE | {"store", "train", "mapping"},
     "integrate": DATA | {"models", "train", "interop", "project", "mapping", "neighbors", "metrics", "plots"},
     "demo": {"demo"},
     "cli": DATA
-    | {"models", "train", "interop", "project", "mapping", "integrate", "figures", "plots", "demo"},
+    | {"models", "train", "interop", "project", "mapping", "integrate", "verify", "figures", "plots", "demo"},
 }
 
 # room -> packages of others that it must not import

@@ -258,6 +258,11 @@ def test_settings_that_cannot_be(mapped):
         sx.metrics(model, batch_key="nothing")
     with pytest.raises(UsageError, match="name OUT"):
         sx.metrics(model, truth_key="truth")
+    for bad in ({"max_cells": 0}, {"seed": -1}, {"threads": -1}):
+        with pytest.raises(UsageError, match="at least"):
+            sx.metrics(model, **bad)
+    with pytest.raises(UsageError, match="a finite number"):
+        sx.transfer(model, out, label_key="kind", threshold=float("nan"))
     with pytest.raises(EmptyError, match="no reference cell has a label"):
         sx.transfer(model, out, label_key="study", unlabeled=("s1", "s2"))
 
@@ -271,6 +276,8 @@ def test_folders_that_cannot_be(mapped, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(EmptyError, match="no mapped query"):
         sx.transfer(model, tmp_path / "empty", label_key="kind")
+    with pytest.raises(BadFileError, match="is no model"):
+        sx.transfer(tmp_path / "empty", out, label_key="kind")
     (out / "q0.zarr").mkdir()
     with pytest.raises(BadFileError, match=r"q0\.zarr"):
         sx.transfer(model, out, label_key="kind")

@@ -129,6 +129,12 @@ def test_the_original_norm(model: Model, cells: anndata.AnnData, tmp_path: Path)
         mapped(model, cells, tmp_path / "3", norm="minibatch", memory="20kB")
 
 
+@pytest.mark.parametrize("name", ["view", "model"])
+def test_a_folder_of_another_kind_is_left_alone(model: Model, cells: anndata.AnnData, name: str) -> None:
+    with pytest.raises(UsageError, match="holds a store, view or model"):
+        project(model, cells, model.path.parent / name, **QUIET)
+
+
 def test_small_batches_take_the_reference_statistics(
     model: Model, cells: anndata.AnnData, tmp_path: Path
 ) -> None:
@@ -143,7 +149,7 @@ def test_small_batches_take_the_reference_statistics(
         got = mapped(model, cells, tmp_path, **settings)
     np.testing.assert_allclose(got, expected(model, cells, "domain", "query", batch, small=(1,)), atol=2e-5)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", StreamxWarning)
         mapped(model, cells, tmp_path / "running", norm="running", min_query_cells=100)
 
 

@@ -43,7 +43,7 @@ def test_every_room_is_in_the_tree() -> None:
     assert [room for room in sorted(rooms) if f"{room}/" not in tree] == []
 
 
-def test_lines_of_python_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_of_python_run(needs_torch: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = README.split("```python\n")[1].split("```")[0]
     assert len([line for line in lines.splitlines() if line.strip()]) <= 10
     shutil.copytree(DATA, tmp_path / "demo/data")

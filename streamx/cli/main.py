@@ -198,15 +198,15 @@ def _terminal(debug: bool) -> Iterator[None]:
 
 
 def _named(error: BaseException) -> StreamxError:
-    """The error as one of ours: memory and full disks keep their kind, anything else is internal."""
+    """The error as one of ours: memory, disks and files keep their kind, anything else is internal."""
     if isinstance(error, StreamxError):
         return error
     if isinstance(error, MemoryError):
         return ResourceError("out of memory", fix="give a smaller --memory, or fewer --threads")
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
-            f"no space left ({error.strerror})", where=error.filename, fix="free some and run the same again"
-        )
+    if isinstance(error, OSError) and error.errno is not None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind, fix = (ResourceError, "free some space") if full else (StorageError, "mend it")
+        return kind(str(error.strerror), where=error.filename, fix=f"{fix} and run the same command again")
     return StreamxError(
         f"internal error: {type(error).__name__}: {str(error).strip() or 'no message'}",
         fix="run again with --debug and report the traceback",

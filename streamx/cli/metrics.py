@@ -22,15 +22,17 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def show(result: Result) -> str:
-    """A line per metric: value, 95 % interval where it was sampled, cells that it rests on."""
+    """A line per metric: value, exact or its 95 % interval from a sample, cells that it rests on."""
     details = result["details"]
     rows = []
     for name, value in result.items():
         if name not in details:
             continue
         how = details[name]
-        interval = " to ".join(number(limit) for limit in how["ci95"]) if how.get("ci95") else ""
-        rows.append({"metric": name, "value": value, "95 % interval": interval, "cells": how.get("n")})
+        certain = "exact" if how["exact"] and value is not None else how.get("reason", "sampled")
+        if how.get("ci95"):
+            certain = "sampled: " + " to ".join(number(limit) for limit in how["ci95"])
+        rows.append({"metric": name, "value": value, "exact, or 95 % interval": certain, "cells": how["n"]})
     rest = {key: value for key, value in result.items() if key not in details and key != "details"}
     return f"{table(rows)}\n{columns(rest)}"
 

@@ -1,4 +1,4 @@
-"""``streamx verify``: is every byte of a store what was written?"""
+"""``streamx verify``: is every byte of a store, view or model what was written?"""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from streamx.errors import IntegrityError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("path", metavar="STORE|VIEW", help="what to check")
+    parser.add_argument("path", metavar="STORE|VIEW|MODEL", help="what to check")
 
 
 def run(args: argparse.Namespace) -> Result:
@@ -24,7 +24,7 @@ def exit_code(result: Result) -> int:
 
 VERB = Verb(
     name="verify",
-    help="check every object of a store or view against its checksum",
+    help="check every object of a store, view or model against its checksum",
     example="  streamx verify atlas",
     add_arguments=add_arguments,
     run=run,

@@ -196,6 +196,10 @@ _INERT: dict[tuple[str, str], Any] = {("_codecs", "encode"): _latin1} | {
         ("pandas._libs.missing", "NA"),
         ("pandas.core.arrays.string_", "StringArray"),
         ("pandas.core.arrays.string_", "StringDtype"),
+        ("pandas", "Index"),  # since pandas 3 under the public names
+        ("pandas", "NA"),
+        ("pandas", "StringDtype"),
+        ("pandas.arrays", "StringArray"),
         ("numpy", "dtype"),
         ("numpy", "ndarray"),
         ("numpy.core.multiarray", "_reconstruct"),

@@ -226,7 +226,8 @@ def _fingerprint(
 ) -> dict[str, Any]:
     settings: dict[str, Any] = {name: getattr(config, name) for name in _DECISIVE}
     settings["obsm"] = list(config.obsm)
-    settings["obs_map"] = _read_obs_map(config)
+    known = {source.key for source in sources} | (set() if base is None else set(base.sources["key"]))
+    settings["obs_map"] = _read_obs_map(config, known)
     settings["batches_are_files"] = (
         (config.batch_key is None and several) or config.batch_key == cells.FILE
         if base is None
@@ -236,7 +237,8 @@ def _fingerprint(
     return {"format": FORMAT, "settings": settings, "inputs": inputs}
 
 
-def _read_obs_map(config: ConvertConfig) -> dict[str, dict[str, str]]:
+def _read_obs_map(config: ConvertConfig, known: set[str]) -> dict[str, dict[str, str]]:
+    """The map of a JSON file, for files of these keys (a file that was left out may be among its keys)."""
     if config.obs_map is None:
         return {}
     try:
@@ -250,6 +252,11 @@ def _read_obs_map(config: ConvertConfig) -> dict[str, dict[str, str]]:
             "is no map of file keys to {column: new name}",
             where=config.obs_map,
             fix='write it like {"file1": {"celltype": "cell_type"}}',
+        )
+    unknown = sorted(value.keys() - known)
+    if unknown and config.on_error == "stop":
+        raise UsageError(
+            f"names the files {unknown}", where=config.obs_map, fix=f"the files are {sorted(known)}"
         )
     return value
 

@@ -161,6 +161,12 @@ def read_generation(location: Location) -> Generation:
         If the manifest's bytes are not those that were written.
     """
     if not location.exists(MARKER):
+        if location.exists("zarr.json") or location.exists(".zgroup"):
+            raise BadFileError(
+                "is an AnnData-Zarr, no streamx store",
+                where=str(location),
+                fix="`streamx convert` takes it as an input; `streamx project` wrote it? Name its folder",
+            )
         if journal_path(location.root).exists() or any((location.root / name).is_dir() for name in FOLDERS):
             raise IncompleteError(
                 "incomplete: its writing was interrupted",

@@ -6,13 +6,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamx.errors import StreamxError
+from streamx.errors import BadFileError, StreamxError
 from streamx.store.location import Location, describe, open_location
 from streamx.store.manifest import MARKER, expected_objects, journal_path, read_generation
 from streamx.threads import run_all, thread_count
 
 
-def verify(place: str | Path | Location, *, threads: int = 0) -> dict[str, Any]:
+def verify_collection(place: str | Path | Location, *, threads: int = 0) -> dict[str, Any]:
     """Read every object of a store or view and compare it with what was written.
 
     Parameters
@@ -27,16 +27,26 @@ def verify(place: str | Path | Location, *, threads: int = 0) -> dict[str, Any]:
     dict
         ``ok``; ``objects``: how many were read; ``errors``: one ``{"object", "error"}`` for each that is
         missing, cut short, changed, or not in the manifest at all.
+
+    Raises
+    ------
+    BadFileError
+        If this is no store or view.
     """
     location = open_location(place)
     try:
         state = read_generation(location)
         expected = expected_objects(location, state)
     except StreamxError as error:
+        if isinstance(error, BadFileError) and not location.exists(MARKER):
+            raise  # no store at all
+
         return {"ok": False, "objects": 0, "errors": [{"object": error.where, "error": error.what}]}
     keys = sorted(expected)
     found = run_all(
-        [partial(_check, location, key, expected[key]) for key in keys], thread_count(threads), "verifying"
+        [partial(check_object, location, key, expected[key]) for key in keys],
+        thread_count(threads),
+        "verifying",
     )
     errors = [{"object": key, "error": error} for key, error in zip(keys, found, strict=True) if error]
     known = {*expected, state.path, MARKER}
@@ -47,7 +57,8 @@ def verify(place: str | Path | Location, *, threads: int = 0) -> dict[str, Any]:
     return {"ok": not errors, "objects": len(keys) + 2, "errors": errors}
 
 
-def _check(location: Location, key: str, expected: list[Any]) -> str | None:
+def check_object(location: Location, key: str, expected: list[Any]) -> str | None:
+    """What is wrong with an object, or None."""
     size = location.size(key)
     if size is None:
         return "missing"

@@ -47,7 +47,8 @@ CODES = [
     (errors.PartialError("x"), 4),
     (errors.StorageError("x"), 5),
     (errors.LockedError("x"), 5),
-    (OSError(errno.ENOSPC, "No space left on device"), 5),
+    (OSError(errno.ENOSPC, "No space left on device"), 7),
+    (PermissionError(errno.EACCES, "Permission denied", "figures"), 5),
     (errors.IntegrityError("x"), 6),
     (errors.ResourceError("x"), 7),
     (MemoryError(), 7),
@@ -133,13 +134,19 @@ def test_told_to_stop(number: signal.Signals, code: int, tmp_path: Path) -> None
         sys.exit(main(["verify", "store"]))
     """
     child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", textwrap.dedent(script)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # a shell's background jobs ignore Ctrl-C
     )
     while not started.exists():
         assert child.poll() is None
         time.sleep(0.02)
     child.send_signal(number)
-    _, err = child.communicate(timeout=10)
+    try:
+        _, err = child.communicate(timeout=10)
+    finally:
+        child.kill()
     assert child.returncode == code
     assert cleaned.exists()
     assert "Traceback" not in err

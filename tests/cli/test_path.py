@@ -30,7 +30,7 @@ def streamx(*argv: str | Path, code: int = 0) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def demo(needs_torch: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The whole demo, seed 0: where it worked, what it printed."""
     folder = tmp_path_factory.mktemp("path") / "demo"
     return folder, streamx("demo", "-o", folder)
@@ -84,6 +84,19 @@ def test_verify(folder: Path) -> None:
         assert result["ok"] is True
         assert result["objects"] > 10
         assert result["errors"] == []
+
+
+def test_verify_of_a_model(folder: Path, tmp_path: Path) -> None:
+    assert streamx("verify", folder / "model-0") == {"ok": True, "objects": 4, "errors": []}
+    model = tmp_path / "model"
+    for key in ("model.json", "model.safetensors", "history.csv", "reference.zarr/obsm/X_scalex/c/0/0"):
+        shutil.copytree(folder / "model-0", model)
+        data = bytearray((model / key).read_bytes())
+        data[len(data) // 2] ^= 1
+        (model / key).write_bytes(data)
+        result = streamx("verify", model, code=6)
+        assert [error["object"] for error in result["errors"]] == [key.split("/")[0]]
+        shutil.rmtree(model)
 
 
 def test_verify_of_a_broken_store(folder: Path, tmp_path: Path) -> None:

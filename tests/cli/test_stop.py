@@ -18,7 +18,7 @@ def start(*argv: str | Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def test_training(tmp_path: Path) -> None:
+def test_training(needs_torch: None, tmp_path: Path) -> None:
     store = sx.convert([DATA / "sc_celseq2.h5ad", DATA / "sc_dropseq.h5ad"], tmp_path / "store")
     sx.preprocess(store, tmp_path / "view", n_top_features=200)
     argv = ["train", tmp_path / "view", "-o", tmp_path / "model", "--checkpoint-seconds", "0"]

@@ -52,6 +52,7 @@ def test_a_foreign_weight_is_refused() -> None:
 @pytest.mark.parametrize(
     "index",
     [
+        pd.Index(GENES),
         pd.Index(GENES, dtype=object),
         pd.Index(GENES, dtype="string", name="gene"),
         np.array(GENES, dtype=object),

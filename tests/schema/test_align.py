@@ -54,14 +54,18 @@ def test_the_likely_cause_is_named() -> None:
     human = [f"ENSG{i:011d}" for i in range(5)]
     with pytest.raises(GeneError, match="wrong organism"):
         overlap([f"ENSMUSG{i:011d}" for i in range(5)], human)
-    with pytest.raises(GeneError, match="wrong organism: ignoring upper and lower case 100%"):
+    with pytest.raises(GeneError, match="wrong organism: ignoring upper and lower case 3 match"):
         overlap(["Actb", "Cd3e", "Ms4a1"], ["ACTB", "CD3E", "MS4A1"])
+    with pytest.raises(GeneError, match="wrong organism: ignoring upper and lower case 3 match"):
+        overlap(["Actb", "Cd3e", "Ms4a1"], ["ACTB", "CD3E", "MS4A1", *(f"GENE{i}" for i in range(97))])
     with pytest.raises(GeneError, match="--strip-versions"):
         overlap([f"{h}.3" for h in human], human)
     with pytest.raises(GeneError, match="these are gene symbols, the target has Ensembl ids"):
         overlap(["ACTB", "CD3E"], human)
+    with pytest.raises(GeneError, match="no name is shared: another organism"):
+        overlap(["hlh-16", "msa-1"], ["ACTB", "CD3E"])
     with pytest.raises(GeneError, match="same organism and genome annotation"):
-        overlap(["x"], ["ACTB", "CD3E"])
+        overlap(["x", "ACTB"], ["ACTB", "CD3E", "MS4A1"])
 
 
 def test_no_target_genes() -> None:

@@ -232,6 +232,7 @@ class TestBatches:
         for bad, match in (
             ({"a": {"nothing": "x"}}, "names the columns"),
             ({"a": {"celltype": "kind"}}, "several obs columns are named"),
+            ({"A": {"celltype": "cell_type"}}, r"names the files \['A'\]\n  fix: the files are \['a', 'b'\]"),
             ([1], "is no map"),
         ):
             names.write_text(json.dumps(bad))

@@ -21,6 +21,7 @@ from store_samples import sample, tree, with_names
 import streamx as sx
 from streamx.errors import BadFileError, IncompleteError, IntegrityError, StreamxError
 from streamx.store import Collection, draft, layout
+from streamx.store.latents import write_latents
 from streamx.store.pack import Content, write_part
 from streamx.store.spill import Slab
 
@@ -179,10 +180,12 @@ def test_foreign_objects(copy: Path) -> None:
 
 
 def test_verify_of_what_is_no_store(tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "nothing"):
-        report = sx.verify(place)
-        assert not report["ok"]
-        assert report["errors"][0]["object"] == str(place)
+    for place, what in ((tmp_path, "is no streamx store"), (tmp_path / "nothing", "does not exist")):
+        with pytest.raises(BadFileError, match=what):
+            sx.verify(place)
+    write_latents(tmp_path / "a.zarr", pd.DataFrame(index=["c"]), {}, {})
+    with pytest.raises(BadFileError, match="is an AnnData-Zarr"):
+        sx.verify(tmp_path / "a.zarr")
 
 
 @pytest.mark.parametrize("damage", ["[]", "{}", "{", '"x"', "\xff", '{"format": 1}', "null"])

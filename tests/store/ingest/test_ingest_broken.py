@@ -247,7 +247,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], dict, type[StreamxError], str]] 
     "no such file": (lambda f: f / "nothing.h5ad", {}, UsageError, "no such file"),
     "glob without match": (lambda f: f / "*.h5ad", {}, UsageError, "nothing matches"),
     "empty folder": (lambda f: f, {}, UsageError, "holds no input"),
-    "zarr without X": (zarr_without_x, {}, BadFileError, "no X"),
+    "zarr without X": (zarr_without_x, {}, BadFileError, "no X|chunks of X/data are missing"),
     "zarr lost a chunk": (
         lambda f: make_zarr(f, lose_chunk=True),
         {},
@@ -421,6 +421,7 @@ def test_pickled_zarr_is_never_decoded(
     path = make_zarr(tmp_path)
     ad.settings.reset("zarr_write_format")
     array = path / part
+    array = array / "values" if (array / "values").is_dir() else array  # pandas 3: text is nullable
     described = json.loads((array / ".zarray").read_text())
     described |= {"filters": [{"id": "pickle", "protocol": 4}], "dtype": dtype, "compressor": None}
     (array / ".zarray").write_text(json.dumps(described))

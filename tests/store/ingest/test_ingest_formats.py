@@ -171,7 +171,8 @@ def write_h5mu(adata: ad.AnnData, path: Path, order: np.ndarray | None = None) -
     )
     rna = adata.copy()
     del rna.obsm["protein_expression"]
-    mudata.set_options(pull_on_update=False)
+    if hasattr(mudata, "set_options"):  # before 0.4 it pulls obs columns up, with a warning
+        mudata.set_options(pull_on_update=False)
     mdata = mudata.MuData({"rna": rna, "prot": prot if order is None else prot[order].copy()})
     mdata.write(path)
 
