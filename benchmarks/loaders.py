@@ -241,7 +241,7 @@ def run(make: Make, size: int, seed: int, seconds: float) -> tuple[float, float]
 
 
 def stall(make: Make, size: int, step: float, n_steps: int = 300) -> float:
-    """Share of the time that a loop waits for minibatches; its steps are so many seconds off the processor."""
+    """Share of the time that a loop waits for minibatches; its steps take so long off the processor."""
     minibatches = iter(make(size, 0))
     next(minibatches)
     waited, begun = 0.0, time.perf_counter()

@@ -66,6 +66,8 @@ def seen(view: Collection, start: int, stop: int) -> sparse.csr_matrix:
         batch_n=view.batch_codes[start:stop],
         scale_bg=view.scale_bg,
     )
+    if view.scale_bg is not None:  # by the largest value, but for the last bit
+        np.minimum(x_ng.data, 1, out=x_ng.data)
     return x_ng
 
 

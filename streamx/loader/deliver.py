@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
-from streamx.loader.transform import ToDevice, Transform, inverse_of, ready, transformed
+from streamx.loader.transform import ToDevice, Transform, inverse_of, ready, tensor, transformed
 from streamx.store.matrix import Allocate
 
 OUTPUTS = ("dense", "scipy", "csr", "compact")
@@ -167,9 +167,7 @@ class Delivery:
         else:
             slice_of = self._made(block, indptr, columns)
         if self.device is not None and self._to_device is None:
-            import torch
-
-            columns = {name: torch.from_numpy(np.ascontiguousarray(v)) for name, v in columns.items()}
+            columns = {name: tensor(values, self.device) for name, values in columns.items()}
         return list(_sliced(slice_of, columns, (cuts - start).tolist())), arrive
 
     def _made(self, block: Block, indptr: np.ndarray, columns: dict[str, Any]) -> Callable[[int, int], Any]:
@@ -188,12 +186,8 @@ class Delivery:
             n = len(indptr) - 1
             x_ng = self.allocate(n * self.n_genes, np.float32).reshape(n, self.n_genes)
             densify(indptr - low, block.indices[low:high], data, x_ng)
-            if self.device is None:
-                return lambda a, b: x_ng[a:b]
-            import torch
-
-            tensor = torch.from_numpy(x_ng)
-            return lambda a, b: tensor[a:b]
+            made = x_ng if self.device is None else tensor(x_ng, self.device)
+            return lambda a, b: made[a:b]
         indices = self.allocate(high - low, np.int32)
         indices[:] = block.indices[low:high]
         if self.output == "csr":

@@ -113,8 +113,8 @@ class _Batches:
             return np.zeros_like(self.rows_b)
         if offset >= self.rows_b.sum():
             return self.rows_b.copy()
-        low, high = 0.0, float(self.units_b.max() + 1) if self.equal else 1.0
-        low_b, high_b = self.units_before(low), self.units_b
+        low, high = self._around(offset)
+        low_b, high_b = self.units_before(low), self.units_before(high)
         while (high_b - low_b).sum() > _SEARCHED * len(self.rows_b):
             middle = (low + high) / 2
             if middle in (low, high):  # that many units come at once
@@ -134,6 +134,18 @@ class _Batches:
         before = rows_b.sum() + np.cumsum(size) - size
         taken = np.where(before < offset, size if whole else np.minimum(size, offset - before), 0)
         return rows_b + np.bincount(b, weights=taken, minlength=len(rows_b)).astype(np.int64)
+
+    def _around(self, offset: int) -> tuple[float, float]:
+        """Keys before and after the place of row `offset` in the merged sequence."""
+        if self.equal:
+            return 0.0, float(self.units_b.max() + 1)
+        # batches advance together, so the place is nearly the share of the rows
+        share, slack = offset / self.rows_b.sum(), 2 * self.unit_b.sum() / self.rows_b.sum()
+        low, high = max(share - slack, 0.0), min(share + slack, 1.0)
+        enough = self.rows_before(self.units_before(high)).sum() >= offset
+        return low if self.rows_before(
+            self.units_before(low)
+        ).sum() <= offset else 0.0, high if enough else 1.0
 
     def pieces(self, low_b: np.ndarray, high_b: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """start, stop, batch position of the rows low_b..high_b of each batch, cut at blocks."""

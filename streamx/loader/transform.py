@@ -129,6 +129,13 @@ def dense(x_ng: sparse.csr_matrix, start: int, stop: int) -> np.ndarray:
     return out
 
 
+def tensor(values: np.ndarray, device: Any) -> torch.Tensor:
+    """A numpy array on a device."""
+    import torch
+
+    return torch.from_numpy(np.ascontiguousarray(values)).to(device)
+
+
 class ToDevice:
     """Stored counts -> transformed dense tensors on a device; they travel as they are stored, without zeros.
 
