@@ -15,6 +15,7 @@ from views import make_counts, write_view
 from streamx.errors import UsageError
 from streamx.loader.deliver import OUTPUTS
 from streamx.loader.loader import Loader
+from streamx.loader.pairs import pairs
 from streamx.loader.plan import Runs, make_plan
 from streamx.loader.rows import split
 from streamx.store.collection import Collection
@@ -185,6 +186,26 @@ def test_split() -> None:
     assert not np.array_equal(again["a"], other["a"])
     with pytest.raises(UsageError, match="add up"):
         split(10, {"a": 0.5, "b": 0.6})
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_pairs_of_all_and_labelled_cells(view: Collection, world: int) -> None:
+    mask = np.zeros(view.n_obs, bool)
+    mask[100:330] = True
+    for rank in range(world):
+        ranks = SMALL | {"rank": rank, "world": world}
+        every, labelled = Loader(view, 32, **ranks), Loader(view, 32, rows=mask, drop_last=True, **ranks)
+        found = [list(pairs(every, labelled, epoch)) for epoch in range(3)]
+        passes = [rows(labelled.at(turn)) for turn in range(20)]
+        flat = [mb.row_n.tolist() for epoch in found for _, mb in epoch]
+        assert flat == [batch for turn in passes for batch in turn][: len(flat)]
+        assert [[mb.row_n.tolist() for mb, _ in epoch] for epoch in found] == [
+            rows(every.at(e)) for e in range(3)
+        ]
+        left = list(pairs(every, labelled, 2, done=5))
+        assert [b.row_n.tolist() for _, b in left] == [b.row_n.tolist() for _, b in found[2]][5:]
+    with pytest.raises(UsageError, match="no cell has a label"):
+        next(pairs(every, Loader(view, rows=np.zeros(view.n_obs, bool)), 0))
 
 
 class _Dataset(torch.utils.data.IterableDataset):
