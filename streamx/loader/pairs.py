@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 
 from streamx.errors import UsageError
@@ -35,7 +35,7 @@ def pairs(
         raise UsageError("no cell has a label", fix="name the obs column that holds labels, or train without")
     number = epoch * len(every.at(epoch)) + done
 
-    def endless() -> Iterator[Minibatch]:
+    def endless() -> Generator[Minibatch]:
         turn, at = divmod(number, n)
         while True:
             yield from labelled.at(turn, at * labelled.world)
