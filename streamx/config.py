@@ -164,11 +164,17 @@ class TrainConfig:
     max_iteration: int = option(30_000, "training steps; epochs = ceil(max_iteration / steps per epoch)")
     lr: float = option(2e-4, "learning rate of Adam")
     weight_decay: float = option(5e-4, "weight decay of Adam (L2)")
-    minibatch_size: int = option(64, "cells per step")
+    minibatch_size: int = option(64, "cells per minibatch")
+    accumulate: int = option(1, "minibatches per step; a step follows their mean gradient")
     patience: int = option(10, "stop after this many epochs without a lower loss; the best epoch is restored")
     seed: int = option(124, "seed of weights, order and noise")
     checkpoint_seconds: float = option(30.0, "seconds between checkpoints, at least")
     device: str = option("auto", "cpu, cuda, cuda:1, or auto")
+    precision: str = option(
+        "float32",
+        "arithmetic of the network: float32, or on a GPU bfloat16 (weights and losses stay float32)",
+        choices=("float32", "bfloat16"),
+    )
     norm: str = option(
         "matched",
         "statistics of the encoder's batch norm for the latents: matched (each batch moved to what the "

@@ -16,18 +16,20 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy import sparse
 from tqdm.auto import tqdm
 
 from streamx.config import ProjectConfig, build, parse_bytes
 from streamx.errors import InputError, ResourceError, SettingsChangedError, UsageError, warn
 from streamx.loader.plan import permutation
-from streamx.loader.transform import apply_transform, dense
+from streamx.loader.transform import apply_transform
 from streamx.models.matched import QUERY_BATCH_SAMPLE, as_statistics, fit_query, normalised, stay
 from streamx.models.scalex import encode, encode_by_minibatch, norm_stats, running_stats
 from streamx.query import Block, Query, Request, open_query, query_obs, read_blocks, requests
 from streamx.store.journal import first_difference
 from streamx.store.latents import write_latents
+from streamx.train.feed import query_input
 from streamx.train.latent import ORIGINAL
 from streamx.train.model import Model, load_model
 from streamx.train.run import one_torch_thread, pick_device
@@ -179,6 +181,10 @@ class _Inputs:
     blocks: Callable[[], Iterable[Block]]
     scale_bg: np.ndarray | None
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.module.encoder.hidden.weight.device
+
     def transformed(self) -> Iterator[Block]:
         for block in self.blocks():
             x_ng = block.x_ng.copy()
@@ -191,13 +197,13 @@ class _Inputs:
             )
             yield replace(block, x_ng=x_ng)
 
-    def minibatches(self, rows: deque[np.ndarray] | None = None) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(dense input, batch codes) of each block; their rows are appended to ``rows``."""
+    def minibatches(self, rows: deque[np.ndarray] | None = None) -> Iterator[tuple[Any, np.ndarray]]:
+        """(input, batch codes) of each block; their rows are appended to ``rows``."""
         for block in self.transformed():
             if len(block.row_n):
                 if rows is not None:
                     rows.append(block.row_n)
-                yield dense(block.x_ng, 0, len(block.row_n)), block.batch_n
+                yield query_input(block.x_ng, self.device), block.batch_n
 
 
 def _encoded(
@@ -242,7 +248,7 @@ def _matched(model: Model, inputs: _Inputs, query: Query, small: list[int]) -> t
         if take.any():
             x_ng = block.x_ng[take]
             found_n.append(block.row_n[take])
-            found_nh.append(normalised(model.module, dense(x_ng, 0, x_ng.shape[0])))
+            found_nh.append(normalised(model.module, query_input(x_ng, inputs.device)))
     moves = [stay(model.module.config.n_hidden)] * len(query.batches)
     if found_n:
         position = np.empty(query.n_obs, dtype=np.int64)
@@ -269,7 +275,7 @@ def _encoded_by_minibatch(
         members = members[permutation(len(members), 0, b)]
         pieces = [members[low : low + ORIGINAL] for low in range(0, len(members), ORIGINAL)]
         given = lambda pieces=pieces: (  # noqa: E731
-            (dense(x_ng[piece], 0, len(piece)), np.zeros(len(piece), np.int64)) for piece in pieces
+            (query_input(x_ng[piece], inputs.device), np.zeros(len(piece), np.int64)) for piece in pieces
         )
         found = (
             encode(model.module, given, mean_h[None], var_h[None])

@@ -22,6 +22,7 @@ import torch
 
 from streamx.models.layers import EPS
 from streamx.models.scalex import Scalex, running_stats
+from streamx.models.sparse import Rows
 
 # Three are enough to map a query; integrating many batches takes until ten or so to settle.
 ROUNDS = 10
@@ -82,11 +83,11 @@ def as_statistics(model: Scalex, move: Move) -> tuple[np.ndarray, np.ndarray]:
 
 
 @torch.no_grad()
-def normalised(model: Scalex, x_ng: np.ndarray | torch.Tensor) -> np.ndarray:
+def normalised(model: Scalex, x_ng: np.ndarray | torch.Tensor | Rows) -> np.ndarray:
     """u of some cells, float32 (n, n_hidden)."""
     device = model.encoder.hidden.weight.device
     mean_h, var_h = (torch.as_tensor(v, device=device).float() for v in running_stats(model))
-    h_nh = model.encoder.hidden(torch.as_tensor(x_ng, device=device))
+    h_nh = model.encoder.hidden(x_ng if isinstance(x_ng, Rows) else torch.as_tensor(x_ng, device=device))
     return ((h_nh - mean_h) / torch.sqrt(var_h + EPS)).cpu().numpy()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from streamx.config import ScalexConfig
 from streamx.models.layers import EPS, DomainNorm, batch_norm, linear
+from streamx.models.sparse import HiddenUnits, Rows, SparseLinear, normed_cross_entropy
 
 Minibatches = Callable[[], Iterable[tuple[Any, Any]]]
 
@@ -36,12 +37,12 @@ class Encoder(nn.Module):
 
     def __init__(self, n_genes: int, config: ScalexConfig, generator: torch.Generator) -> None:
         super().__init__()
-        self.hidden = linear(n_genes, config.n_hidden, generator)
+        self.hidden = SparseLinear.drawn(n_genes, config.n_hidden, generator)
         self.norm = nn.BatchNorm1d(config.n_hidden, eps=EPS)
         self.mean = linear(config.n_hidden, config.n_latent, generator)
         self.log_var = linear(config.n_hidden, config.n_latent, generator)
 
-    def forward(self, x_ng: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x_ng: Tensor | Rows) -> tuple[Tensor, Tensor]:
         h_nh = F.relu(batch_norm(self.norm, self.hidden(x_ng)))
         return self.mean(h_nh), self.log_var(h_nh)
 
@@ -87,7 +88,7 @@ class Scalex(nn.Module):
         self.encoder = Encoder(n_genes, self.config, generator)
         self.decoder = Decoder(n_genes, n_batches, self.config, generator)
 
-    def loss(self, x_ng: Tensor, batch_n: Tensor, noise_nk: Tensor) -> Loss:
+    def loss(self, x_ng: Tensor | Rows, batch_n: Tensor, noise_nk: Tensor) -> Loss:
         """Loss of a minibatch.
 
         Binary cross-entropy summed over genes plus ``kl_weight`` x KL to N(0, 1), means over cells. The
@@ -97,7 +98,7 @@ class Scalex(nn.Module):
         Parameters
         ----------
         x_ng
-            Input in [0, 1], float32.
+            Input in [0, 1], float32; as a tensor, or (on the CPU) as sparse rows.
         batch_n
             Batch codes, int64.
         noise_nk
@@ -105,8 +106,13 @@ class Scalex(nn.Module):
         """
         mu_nk, log_var_nk = self.encoder(x_ng)
         z_nk = torch.addcmul(mu_nk, torch.exp(0.5 * log_var_nk), noise_nk)
-        logits_ng = self.decoder(z_nk, batch_n)
-        reconstruction = F.binary_cross_entropy_with_logits(logits_ng, x_ng, reduction="sum") / len(x_ng)
+        if isinstance(x_ng, Rows) and self.training:
+            entropy = normed_cross_entropy(self.decoder.out(z_nk), self.decoder.norm, x_ng, batch_n)
+        else:
+            target_ng = x_ng.dense() if isinstance(x_ng, Rows) else x_ng
+            logits_ng = self.decoder(z_nk, batch_n)
+            entropy = F.binary_cross_entropy_with_logits(logits_ng, target_ng, reduction="sum")
+        reconstruction = entropy / len(x_ng)
         kl = 0.5 * (log_var_nk.exp() + mu_nk.square() - 1 - log_var_nk).sum(1).mean()
         return Loss(reconstruction + self.config.kl_weight * kl, reconstruction, kl)
 
@@ -141,10 +147,11 @@ class NormStats:
         return mean_h, share_b @ (self.var_bh + (self.mean_bh - mean_h) ** 2)
 
 
-def _inputs(model: Scalex, minibatches: Minibatches) -> Iterator[tuple[Tensor, Tensor]]:
+def _inputs(model: Scalex, minibatches: Minibatches) -> Iterator[tuple[Tensor | Rows, Tensor]]:
     device = model.encoder.hidden.weight.device
     for x_ng, batch_n in minibatches():
-        yield torch.as_tensor(x_ng).to(device), torch.as_tensor(batch_n).to(device)
+        x_ng = x_ng if isinstance(x_ng, Rows) else torch.as_tensor(x_ng).to(device)
+        yield x_ng, torch.as_tensor(batch_n).to(device)
 
 
 @torch.no_grad()
@@ -154,7 +161,8 @@ def norm_stats(model: Scalex, minibatches: Minibatches, n_batches: int | None = 
     Parameters
     ----------
     minibatches
-        Gives, at each call, an iterable of (x_ng float32, batch_n int64); any order, any sizes.
+        Gives, at each call, an iterable of (x_ng float32 or sparse rows, batch_n int64), in any
+        order and sizes.
     n_batches
         Number of batch codes; default: those of the model.
     """
@@ -193,7 +201,7 @@ def encode(
     Parameters
     ----------
     minibatches
-        Gives an iterable of (x_ng float32, batch_n int64).
+        Gives an iterable of (x_ng float32 or sparse rows, batch_n int64).
     mean_bh, var_bh
         Statistics per batch code, or of shape (1, n_hidden) for all batches alike.
 
@@ -204,13 +212,10 @@ def encode(
     encoder, device = model.encoder, model.encoder.hidden.weight.device
     scale_bh = encoder.norm.weight.double() / torch.sqrt(torch.as_tensor(var_bh, device=device) + EPS)
     shift_bh = encoder.norm.bias.double() - torch.as_tensor(mean_bh, device=device) * scale_bh
-    scale_bh, shift_bh = scale_bh.float(), shift_bh.float()
+    units = HiddenUnits(encoder.hidden, scale_bh, shift_bh)
     for x_ng, batch_n in _inputs(model, minibatches):
         code_n = batch_n if len(scale_bh) > 1 else torch.zeros_like(batch_n)
-        a_nh = torch.addcmul(
-            shift_bh.index_select(0, code_n), encoder.hidden(x_ng), scale_bh.index_select(0, code_n)
-        )
-        yield encoder.mean(a_nh.relu_()).cpu().numpy()
+        yield encoder.mean(units(x_ng, code_n)).cpu().numpy()
 
 
 @torch.no_grad()

@@ -19,8 +19,8 @@ from streamx.train.fit import State, Tensors, snapshot
 RECORD = "training"
 
 
-def save_state(journal: Journal, module: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Keep the state after an epoch; a kill at any moment leaves the former one or this one.
+def save_state(journal: Journal, module: nn.Module, optimizer: Any, state: State) -> None:
+    """Keep the state after a step; a kill at any moment leaves the former one or this one.
 
     First the tensors under a new name, then (atomically) the record that names them, then the old
     tensors go.
@@ -30,12 +30,14 @@ def save_state(journal: Journal, module: nn.Module, optimizer: torch.optim.Optim
     for number, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": value.cpu().contiguous() for name, value in slots.items()}
     data = save_tensors(tensors)
-    key = f"state/epoch-{state.epoch:06d}.safetensors"
+    key = f"state/epoch-{state.epoch:06d}-{state.minibatch:08d}.safetensors"
     journal.location.write(key, data)
     journal.record(
         RECORD,
         {
             "epoch": state.epoch,
+            "minibatch": state.minibatch,
+            "sums": {name: float(value) for name, value in state.sums.items()},
             "history": state.history,
             "stopping": asdict(state.stopping),
             "tensors": [key, *describe(data)],
@@ -46,7 +48,7 @@ def save_state(journal: Journal, module: nn.Module, optimizer: torch.optim.Optim
             journal.location.delete(other)
 
 
-def load_state(journal: Journal, module: nn.Module, optimizer: torch.optim.Optimizer) -> State | None:
+def load_state(journal: Journal, module: nn.Module, optimizer: Any) -> State | None:
     """Bring module and optimizer to the state that was kept last; None if there is none that is whole."""
     record = journal.find(RECORD)
     if record is None or not journal.location.exists(record["tensors"][0]):
@@ -56,13 +58,24 @@ def load_state(journal: Journal, module: nn.Module, optimizer: torch.optim.Optim
         return None  # damaged: begin again rather than go on from a wrong state
     tensors = load_tensors(data)
     module.load_state_dict(_part(tensors, "weights."))
+    parameters = list(module.parameters())
     slots: dict[int, dict[str, Any]] = {}
     for name, value in _part(tensors, "adam.").items():
         number, _, slot = name.partition(".")
+        parameter = parameters[int(number)]
+        if value.shape == parameter.shape:  # in its order in memory
+            value = torch.empty_like(parameter).copy_(value)
         slots.setdefault(int(number), {})[slot] = value
     optimizer.load_state_dict(optimizer.state_dict() | {"state": slots})
-    stopping = EarlyStopping(**record["stopping"])
-    return State(record["epoch"], record["history"], stopping, _part(tensors, "best."))
+    device = parameters[0].device
+    return State(
+        epoch=record["epoch"],
+        history=record["history"],
+        stopping=EarlyStopping(**record["stopping"]),
+        best=_part(tensors, "best."),
+        minibatch=record["minibatch"],
+        sums={k: torch.tensor(v, dtype=torch.float64, device=device) for k, v in record["sums"].items()},
+    )
 
 
 class Throttle:

@@ -2,23 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from streamx.train.adam import Adam
+from streamx.train.distributed import ALONE, Counts, Ranks, tracked
 from streamx.train.early_stopping import EarlyStopping
+from streamx.train.stop import Stop
 
 Tensors = dict[str, Tensor]
 Loss = Callable[[Any, int, int], Tensors]
 
 
+class Optimizer(Protocol):
+    """What the loop asks of an optimiser; torch's have it."""
+
+    def zero_grad(self) -> None: ...
+    def step(self) -> Any: ...
+
+
 @dataclass
 class State:
-    """All that training needs to go on after an epoch, bit for bit.
+    """All that training needs to go on after a step, bit for bit.
+
+    Order and noise are functions of (seed, epoch, minibatch), so that no generator has a state to keep.
 
     Attributes
     ----------
@@ -30,31 +44,41 @@ class State:
         Early stopping's state.
     best
         Weights of the best epoch, copies on the CPU.
+    minibatch
+        Minibatches (of this process) that are done of the next epoch.
+    sums
+        Sums of the losses over them, float64 scalars.
     """
 
     epoch: int
     history: list[dict[str, float]]
     stopping: EarlyStopping
     best: Tensors = field(default_factory=dict)
+    minibatch: int = 0
+    sums: Tensors = field(default_factory=dict)
 
 
-def make_optimizer(module: nn.Module, lr: float, weight_decay: float) -> torch.optim.Adam:
-    """Adam with L2 weight decay; fused into one pass over the weights where torch can (4x faster on CPU)."""
+def make_optimizer(module: nn.Module, lr: float, weight_decay: float, ranks: Ranks = ALONE) -> Any:
+    """Adam with L2 weight decay in one pass over the weights: on the CPU our own, elsewhere torch's."""
     device = next(module.parameters()).device.type
-    return torch.optim.Adam(
-        module.parameters(), lr=lr, weight_decay=weight_decay, fused=device in ("cpu", "cuda")
-    )
+    if device == "cpu":
+        return Adam(module, lr, weight_decay, factors=not ranks.several)
+    return torch.optim.Adam(module.parameters(), lr=lr, weight_decay=weight_decay, fused=device == "cuda")
 
 
 def fit(
     module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    steps: Callable[[int], Iterable[Any]],
+    optimizer: Optimizer,
+    minibatches: Callable[[int, int], Iterable[Any]],
     loss: Loss,
     *,
     n_epochs: int,
     state: State,
-    after_epoch: Callable[[State], None] = lambda state: None,
+    n_minibatches: int | None = None,
+    accumulate: int = 1,
+    precision: AbstractContextManager[Any] | None = None,
+    keep: Callable[[State, bool], None] = lambda state, now: None,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> State:
     """Train until ``n_epochs`` are done or early stopping says so, then restore the best epoch's weights.
@@ -68,68 +92,106 @@ def fit(
         Trained in place; left in evaluation mode.
     optimizer
         Over the module's parameters.
-    steps
-        Epoch number -> iterable of minibatches.
+    minibatches
+        (epoch, n) -> iterable of this process's minibatches of that epoch, without the first n.
     loss
-        (minibatch, epoch, step within it) -> named losses, scalars; ``"loss"`` is minimised.
+        (minibatch, epoch, its number) -> named losses, scalars; ``"loss"`` is minimised.
     state
         Where to begin: a fresh one, or what a checkpoint kept.
-    after_epoch
-        Called with the state after each epoch: the place to write checkpoints.
+    n_minibatches
+        How many an epoch has. Only needed where several processes have to agree on it.
+    accumulate
+        Minibatches per step; the step follows their mean gradient.
+    precision
+        Context of forward passes, such as ``torch.autocast``.
+    keep
+        The place to write checkpoints: called with the state after each step and each epoch, and whether this
+        has to be kept now (the process is about to stop, or training is over). With several processes only
+        after epochs: within one, each has its own statistics.
+    ranks
+        The processes that train together.
     progress
         Show a bar with the losses (on stderr, where that is a terminal).
 
     Raises
     ------
     KeyboardInterrupt
-        Ctrl-C passes through; the last state that ``after_epoch`` saw can be resumed.
+        Ctrl-C passes through when the step is done and kept; so does what a handler of SIGTERM raises.
     """
+    precision = precision or nullcontext()
+    device = next(module.parameters()).device
+    n_steps = None if not ranks.several else ranks.most(-(-(n_minibatches or 0) // accumulate), device)
     bar = tqdm(
         total=n_epochs, initial=state.epoch, desc="training", unit="epoch", disable=None if progress else True
     )
-    with bar:
+    with bar, Stop() as stop:
         while state.epoch < n_epochs and not state.stopping.stopped:
-            means = _epoch(module, optimizer, steps(state.epoch), loss, state.epoch)
-            stopping = state.stopping.after(state.epoch, means["loss"])
-            if stopping.improved_at(state.epoch):
-                state.best = snapshot(module)
-            state.history.append({"epoch": state.epoch} | means)
-            state.epoch, state.stopping = state.epoch + 1, stopping
+            module.train()
+            before = tracked(module) if ranks.several else {}
+            groups = _grouped(minibatches(state.epoch, state.minibatch), accumulate)
+            for group in groups if n_steps is None else _padded(groups, n_steps):
+                optimizer.zero_grad()
+                for number, minibatch in enumerate(group, state.minibatch):
+                    with precision:
+                        losses = loss(minibatch, state.epoch, number)
+                    (losses["loss"] / len(group) if len(group) > 1 else losses["loss"]).backward()
+                    _add(state.sums, losses)
+                stopping = ranks.average_gradients(module.parameters(), len(group), bool(stop.asked))
+                optimizer.step()
+                state.minibatch += len(group)
+                if not ranks.several:
+                    keep(state, stopping)
+                if stopping:
+                    stop.obey()
+            _end_epoch(module, state, ranks, before)
+            keep(state, state.epoch == n_epochs or state.stopping.stopped)
             bar.update()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in means.items()})
-            after_epoch(state)
+            bar.set_postfix({name: f"{value:.3f}" for name, value in state.history[-1].items()})
     if state.best:
         module.load_state_dict(state.best)
     module.eval()
     return state
 
 
-def _epoch(
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    minibatches: Iterable[Any],
-    loss: Loss,
-    epoch: int,
-) -> dict[str, float]:
-    """One epoch; mean of each loss over its steps (summed on the device, read once)."""
-    module.train()
-    sums: dict[str, Tensor] = {}
-    n = 0
-    for step, minibatch in enumerate(minibatches):
-        losses = loss(minibatch, epoch, step)
-        optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()
-        optimizer.step()
-        for name, value in losses.items():
-            value = value.detach().double()
-            sums[name] = sums[name] + value if name in sums else value
-        n += 1
-    return {name: float(value) / n for name, value in sums.items()}
+def _end_epoch(module: nn.Module, state: State, ranks: Ranks, before: Counts) -> None:
+    """Mean losses over the minibatches of all processes, read this one time; the best weights."""
+    ranks.average_statistics(module, before)
+    device = next(module.parameters()).device
+    count = torch.tensor(float(state.minibatch), dtype=torch.float64, device=device)
+    names = ranks.share(list(state.sums))  # a process may have had no minibatch at all
+    parts = [state.sums.get(name, torch.zeros_like(count)) for name in names]
+    n, *sums = ranks.total(torch.stack([count, *parts])).tolist()
+    means = {name: value / n for name, value in zip(names, sums, strict=True)}
+    state.history.append({"epoch": state.epoch} | means)
+    state.stopping = state.stopping.after(state.epoch, means["loss"])
+    if state.stopping.improved_at(state.epoch):
+        state.best = snapshot(module)
+    state.epoch, state.minibatch, state.sums = state.epoch + 1, 0, {}
+
+
+def _add(sums: Tensors, losses: Tensors) -> None:
+    """Add losses up where they are: reading them would wait for the device."""
+    for name, value in losses.items():
+        value = value.detach().double()
+        sums[name] = sums[name] + value if name in sums else value
+
+
+def _grouped(minibatches: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    remaining = iter(minibatches)
+    while group := list(islice(remaining, size)):
+        yield group
+
+
+def _padded(groups: Iterator[list[Any]], n: int) -> Iterator[list[Any]]:
+    """n groups, empty ones at the end: every process makes every step."""
+    for _ in range(n):
+        yield next(groups, [])
 
 
 def snapshot(module: nn.Module) -> Tensors:
     """A copy of all weights and buffers on the CPU (a state dict alone aliases the live ones)."""
-    return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
+    plain = torch.contiguous_format
+    return {k: v.detach().cpu().clone(memory_format=plain) for k, v in module.state_dict().items()}
 
 
 def seed_of(*key: int) -> int:

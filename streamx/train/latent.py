@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from streamx.errors import BatchError
-from streamx.loader.loader import Loader
 from streamx.models.matched import (
     REFERENCE_BATCH_SAMPLE,
     REFERENCE_SAMPLE,
@@ -28,6 +27,7 @@ from streamx.models.scalex import (
     running_stats,
 )
 from streamx.store.collection import Collection
+from streamx.train.feed import all_inputs, inputs, make_loader
 from streamx.train.model import Model
 
 ROWS = 4096  # per minibatch where its size does not matter
@@ -35,9 +35,10 @@ ORIGINAL = 64  # where it does
 MIN_CELLS = 200  # of a batch, for statistics of its own
 
 
-def loader_stats(module: Scalex, loader: Loader) -> NormStats:
-    """Statistics of the pre-activations of each batch, over all rows of a loader."""
-    return norm_stats(module, lambda: ((mb.x_ng, mb.batch_n) for mb in loader.at(0)))
+def view_stats(module: Scalex, view: Collection, **options: Any) -> NormStats:
+    """Statistics of the pre-activations of each batch, over all cells of a view."""
+    loader = make_loader(view, ROWS, device=_device(module), order="sequential", **options)
+    return norm_stats(module, lambda: all_inputs(loader))
 
 
 def match_reference(
@@ -56,8 +57,8 @@ def match_reference(
     for start, size in zip(starts.tolist(), sizes.tolist(), strict=True):
         share = -(-size * quota // int(of_batch[code_n[start]]))
         sampled[start : start + min(size, share)] = True
-    loader = Loader(view, ROWS, order="sequential", rows=sampled, **options)
-    u_nh = np.concatenate([normalised(module, mb.x_ng) for mb in loader.at(0)])
+    loader = make_loader(view, ROWS, device=_device(module), order="sequential", rows=sampled, **options)
+    u_nh = np.concatenate([normalised(module, x_ng) for x_ng, _ in all_inputs(loader)])
     return fit_reference(module, u_nh, code_n[sampled], n_batches, min_cells=MIN_CELLS, seed=seed)
 
 
@@ -82,7 +83,7 @@ def latents(
     stats, moves
         For ``domain`` and ``matched``, where they are known already; else they cost one more pass.
     options
-        Of the :class:`Loader`: device, memory, prefetch.
+        Of the :class:`~streamx.loader.loader.Loader`: memory, prefetch, threads.
 
     Returns
     -------
@@ -90,15 +91,14 @@ def latents(
     """
     out = np.empty((view.n_obs, module.config.n_latent), np.float32)
     if norm == "minibatch":
-        loader = Loader(view, ORIGINAL, order="by_batch", seed=seed, **options)
+        loader = make_loader(view, ORIGINAL, device=_device(module), order="by_batch", seed=seed, **options)
         rows: list[np.ndarray] = []
         found = encode_by_minibatch(module, lambda: _noting(loader, rows))
         for z_nk in found:
             out[rows.pop()] = z_nk
         return out
-    loader = Loader(view, ROWS, order="sequential", **options)
     if norm == "domain":
-        stats = stats or loader_stats(module, loader)
+        stats = stats or view_stats(module, view, **options)
         mean_bh, var_bh = stats.mean_bh, stats.var_bh
     elif norm == "matched":
         moves = moves or match_reference(module, view, seed=seed, **options)[1]
@@ -106,9 +106,9 @@ def latents(
     else:
         mean_h, var_h = running_stats(module)
         mean_bh, var_bh = mean_h[None], var_h[None]
-    minibatches: Callable[[], Iterator[Any]] = lambda: ((mb.x_ng, mb.batch_n) for mb in loader.at(0))  # noqa: E731
+    loader = make_loader(view, ROWS, device=_device(module), order="sequential", **options)
     start = 0
-    for z_nk in encode(module, minibatches, mean_bh, var_bh):
+    for z_nk in encode(module, lambda: all_inputs(loader), mean_bh, var_bh):
         out[start : start + len(z_nk)] = z_nk
         start += len(z_nk)
     return out
@@ -130,15 +130,19 @@ def impute(model: Model, z_nk: np.ndarray, batch: str, *, rows: int = ROWS) -> I
         raise BatchError(
             f"the reference has no batch {batch!r}", where=str(model.path), fix=f"one of: {known}"
         )
-    device = model.module.encoder.hidden.weight.device
+    device = _device(model.module)
     with torch.no_grad():
         for start in range(0, len(z_nk), rows):
             mu_nk = torch.as_tensor(z_nk[start : start + rows], device=device)
             yield model.module.impute(mu_nk, model.batches.index(batch)).cpu().numpy()
 
 
-def _noting(loader: Loader, rows: list[np.ndarray]) -> Iterator[tuple[Any, Any]]:
+def _device(module: Scalex) -> torch.device:
+    return module.encoder.hidden.weight.device
+
+
+def _noting(loader: Any, rows: list[np.ndarray]) -> Iterator[tuple[Any, Any]]:
     """Minibatches; the rows of the one given last lie in ``rows``."""
     for mb in loader.at(0):
         rows.append(np.asarray(mb.row_n.cpu() if isinstance(mb.row_n, torch.Tensor) else mb.row_n))
-        yield mb.x_ng, mb.batch_n
+        yield inputs(mb)

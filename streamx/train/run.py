@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from torch import Tensor
 import streamx
 from streamx.config import ScalexConfig, TrainConfig, build
 from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, UsageError, warn
-from streamx.loader.loader import Loader, Minibatch
+from streamx.loader.loader import Minibatch
 from streamx.models.matched import Clusters
 from streamx.models.scalex import NormStats, Scalex
 from streamx.store.collection import Collection, open_collection
@@ -29,9 +30,11 @@ from streamx.store.location import Location
 from streamx.store.manifest import describe, dump
 from streamx.threads import thread_count
 from streamx.train.checkpoint import Throttle, load_state, save_state
+from streamx.train.distributed import Ranks, together
 from streamx.train.early_stopping import EarlyStopping
+from streamx.train.feed import inputs, make_loader
 from streamx.train.fit import State, fit, make_optimizer, seed_of
-from streamx.train.latent import ROWS, latents, loader_stats, match_reference
+from streamx.train.latent import latents, match_reference, view_stats
 from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, seal
 
 log = logging.getLogger("streamx")
@@ -95,59 +98,74 @@ def train(
     view = view if isinstance(view, Collection) else open_collection(view)
     if view.n_obs == 0:
         raise EmptyError("the view has no cells", where=str(view.path), fix="preprocess with other limits")
+    device = pick_device(config.device)
     location = Location(Path(output))
     fingerprint = _fingerprint(view, config, network)
     card = read_card(location)
     if card is not None:
         return _finished(location, card, fingerprint, begun)
-    journal = Journal(location, fingerprint)
-    try:
-        with one_torch_thread():
-            return _train(view, location, journal, config, network, fingerprint, progress, begun)
-    finally:
-        journal.release()
+    with one_torch_thread(), together(device) as ranks:
+        journal = Journal(location, fingerprint | _several(ranks)) if ranks.first else None
+        try:
+            return _train(
+                view, location, journal, config, network, device, ranks, fingerprint, progress, begun
+            )
+        finally:
+            if journal is not None:
+                journal.release()
 
 
 def _train(
     view: Collection,
     location: Location,
-    journal: Journal,
+    journal: Journal | None,
     config: TrainConfig,
     network: ScalexConfig,
+    device: torch.device,
+    ranks: Ranks,
     fingerprint: dict[str, Any],
     progress: bool,
     begun: float,
 ) -> TrainResult:
-    device = pick_device(config.device)
-    options: dict[str, Any] = {
-        "memory": config.memory,
-        "device": device,
-        "threads": thread_count(config.threads),
-    }
-    loader = Loader(view, config.minibatch_size, drop_last=True, seed=config.seed, **options)
-    n_epochs = -(-config.max_iteration // len(loader))
+    options: dict[str, Any] = {"memory": config.memory, "threads": thread_count(config.threads)}
+    loader = make_loader(
+        view,
+        config.minibatch_size,
+        device=device,
+        drop_last=True,
+        seed=config.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        **options,
+    )
     generator = torch.Generator().manual_seed(seed_of(config.seed, 0))
     module = Scalex(view.n_vars, max(1, len(view.batches)), network, generator).to(device)
-    optimizer = make_optimizer(module, config.lr, config.weight_decay)
-    state = load_state(journal, module, optimizer)
-    if state is not None:
-        log.info("going on after epoch %d of %d", state.epoch, n_epochs)
-    state = state or State(0, [], EarlyStopping(config.patience))
-    before, throttle = state.epoch, Throttle(config.checkpoint_seconds)
+    optimizer = make_optimizer(module, config.lr, config.weight_decay, ranks)
+    state = _state(journal, module, optimizer, ranks) or State(0, [], EarlyStopping(config.patience))
+    n_minibatches = ranks.most(len(loader), device)
+    per_epoch = -(-n_minibatches // config.accumulate)
+    before, throttle = (
+        state.epoch * per_epoch + state.minibatch // config.accumulate,
+        Throttle(config.checkpoint_seconds),
+    )
 
-    def keep(state: State) -> None:
-        if throttle.due() or state.epoch == n_epochs or state.stopping.stopped:
+    def keep(state: State, now: bool) -> None:
+        if journal is not None and (now or throttle.due()):
             save_state(journal, module, optimizer, state)
 
     fit(
         module,
         optimizer,
-        lambda epoch: loader.at(epoch),
-        _noisy_loss(module, config.seed, device),
-        n_epochs=n_epochs,
+        lambda epoch, done: loader.at(epoch, done * ranks.world),
+        _noisy_loss(module, config.seed, device, ranks),
+        n_epochs=-(-config.max_iteration // per_epoch),
         state=state,
-        after_epoch=keep,
-        progress=progress,
+        n_minibatches=n_minibatches,
+        accumulate=config.accumulate,
+        precision=_precision(config.precision, device),
+        keep=keep,
+        ranks=ranks,
+        progress=progress and ranks.first,
     )
     seconds = time.monotonic() - begun
     if state.stopping.best_epoch < 0:
@@ -156,30 +174,66 @@ def _train(
         )
     if state.stopping.best_epoch != state.epoch - 1 and math.isnan(state.history[-1]["loss"]):
         warn(f"the loss became NaN in epoch {state.epoch - 1}; epoch {state.stopping.best_epoch} is kept")
-    stats = loader_stats(module, Loader(view, ROWS, order="sequential", **options))
-    clusters, moves = match_reference(module, view, seed=config.seed, **options)
-    z_nk = latents(module, view, config.norm, stats, moves, seed=config.seed, **options)
+    steps = state.epoch * per_epoch
     trained = {
         "n_cells": view.n_obs,
         "epochs": state.epoch,
-        "steps": state.epoch * len(loader),
+        "steps": steps,
         "best_epoch": state.stopping.best_epoch,
         "loss": state.stopping.best,
     }
-    _write(location, view, module, stats, clusters, z_nk, state, trained, fingerprint, config)
-    journal.remove()
-    cells = (state.epoch - before) * len(loader) * min(config.minibatch_size, view.n_obs)
+    if journal is not None:
+        stats = view_stats(module, view, **options)
+        clusters, moves = match_reference(module, view, seed=config.seed, **options)
+        z_nk = latents(module, view, config.norm, stats, moves, seed=config.seed, **options)
+        _write(location, view, module, stats, clusters, z_nk, state, trained, fingerprint, config)
+        journal.remove()
+    cells = (steps - before) * config.accumulate * ranks.world * min(config.minibatch_size, view.n_obs)
     return _result(location, trained, cells / seconds, time.monotonic() - begun)
 
 
-def _noisy_loss(module: Scalex, seed: int, device: torch.device) -> Any:
-    """The model's loss, with noise that depends on (seed, epoch, step) and not on the device."""
+def _several(ranks: Ranks) -> dict[str, Any]:
+    """What a run of several processes can't be taken up without: their number."""
+    return {"processes": ranks.world} if ranks.several else {}
+
+
+def _state(journal: Journal | None, module: Scalex, optimizer: Any, ranks: Ranks) -> State | None:
+    """What an interrupted run has left, on all processes."""
+    state = load_state(journal, module, optimizer) if journal is not None else None
+    state = ranks.share(state)
+    if state is not None:
+        log.info("going on after epoch %d, minibatch %d", state.epoch, state.minibatch)
+        if ranks.several:
+            weights, moments = ranks.share((module.state_dict(), optimizer.state_dict()))
+            if not ranks.first:
+                module.load_state_dict(weights)
+                optimizer.load_state_dict(moments)
+    return state
+
+
+def _precision(name: str, device: torch.device) -> Any:
+    """The context of forward passes.
+
+    Raises
+    ------
+    UsageError
+        For bfloat16 on a CPU, where it saves nothing.
+    """
+    if name == "float32":
+        return None
+    if device.type == "cpu":
+        raise UsageError("precision bfloat16 on the CPU", fix="--precision float32")
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def _noisy_loss(module: Scalex, seed: int, device: torch.device, ranks: Ranks) -> Any:
+    """The model's loss, with noise that depends on (seed, epoch, minibatch) and not on the device."""
     generator = torch.Generator()
 
-    def loss(mb: Minibatch, epoch: int, step: int) -> dict[str, Tensor]:
-        generator.manual_seed(seed_of(seed, 1, epoch, step))
-        noise_nk = torch.randn(len(mb), module.config.n_latent, generator=generator).to(device)
-        found = module.loss(mb.x_ng, mb.batch_n, noise_nk)
+    def loss(minibatch: Minibatch, epoch: int, number: int) -> dict[str, Tensor]:
+        generator.manual_seed(seed_of(seed, 1, epoch, number * ranks.world + ranks.rank))
+        noise_nk = torch.randn(len(minibatch), module.config.n_latent, generator=generator)
+        found = module.loss(*inputs(minibatch), noise_nk.to(device, non_blocking=True))
         return {"loss": found.total, "reconstruction": found.reconstruction, "kl": found.kl}
 
     return loss
@@ -237,7 +291,15 @@ def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, ScalexConfig]:
     config = build(TrainConfig, {k: v for k, v in settings.items() if k not in of_network})
     network = build(ScalexConfig, {k: v for k, v in settings.items() if k in of_network})
     for name, value in (asdict(config) | asdict(network)).items():
-        positive = name in ("max_iteration", "minibatch_size", "lr", "patience", "n_latent", "n_hidden")
+        positive = name in (
+            "max_iteration",
+            "minibatch_size",
+            "accumulate",
+            "lr",
+            "patience",
+            "n_latent",
+            "n_hidden",
+        )
         if isinstance(value, (int, float)) and (value < 0 or (positive and value == 0)):
             raise UsageError(f"{name} = {value}", fix="a positive number" if positive else "0 or more")
     return config, network
@@ -291,7 +353,7 @@ def _result(location: Location, trained: dict[str, Any], rate: float, seconds: f
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto``: the first GPU where there is one.
+    """``auto``: a GPU where there is one; of several, the one that ``torchrun`` means for this process.
 
     Raises
     ------
@@ -299,7 +361,11 @@ def pick_device(name: str) -> torch.device:
         If torch does not know the device, or has none.
     """
     try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and "LOCAL_RANK" in os.environ:
+            name = f"cuda:{os.environ['LOCAL_RANK']}"
+        device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

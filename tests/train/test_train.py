@@ -176,7 +176,7 @@ def test_interrupted_between_checkpoints(
         load_model(tmp_path / "model")
     calls = 100
     train(view, tmp_path / "model", **SMALL)
-    assert calls == 100 + 24 - 12
+    assert calls == 100 + 24 - 14
     assert contents(tmp_path / "model") == contents(trained[0])
 
 

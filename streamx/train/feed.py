@@ -1,0 +1,44 @@
+"""Minibatches as a model takes them: sparse rows where that is faster, else dense tensors on its device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from scipy import sparse
+from torch import Tensor
+
+from streamx.loader.loader import Minibatch
+from streamx.loader.transform import dense_tensor
+from streamx.models.sparse import DENSITY_LIMIT, Rows
+from streamx.store.collection import Collection
+from streamx.train.standin import Loader
+
+
+def make_loader(view: Collection, minibatch_size: int, *, device: torch.device, **options: Any) -> Loader:
+    """A loader of what :func:`inputs` gives to a model on ``device``.
+
+    On the CPU sparse, unless the view is dense. That depends on the view alone: the two ways round
+    differently.
+    """
+    dense = view.nnz > DENSITY_LIMIT * view.n_obs * view.n_vars
+    if device.type == "cpu" and not dense:
+        return Loader(view, minibatch_size, output="csr", **options)
+    return Loader(view, minibatch_size, device=device, **options)
+
+
+def inputs(minibatch: Minibatch) -> tuple[Tensor | Rows, Tensor]:
+    """What the model sees, and batch codes int64."""
+    x_ng, batch_n = minibatch.x_ng, torch.as_tensor(minibatch.batch_n)
+    return (x_ng if isinstance(x_ng, Tensor) else Rows.of(x_ng)), batch_n
+
+
+def query_input(x_ng: sparse.csr_matrix, device: torch.device) -> Tensor | Rows:
+    """Transformed cells of a query for a model on ``device``; on the CPU always sparse."""
+    return Rows.of(x_ng) if device.type == "cpu" else dense_tensor(x_ng, 0, x_ng.shape[0], device)
+
+
+def all_inputs(loader: Loader) -> Iterator[tuple[Tensor | Rows, Tensor]]:
+    """Those of an epoch, the same at every call."""
+    return map(inputs, loader.at(0))
