@@ -231,6 +231,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _terminal(getattr(args, "debug", False)):
             result = run_verb(verb, args)
+        if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, one speaks
+            return verb.exit_code(result)
         if getattr(args, "json", False):
             print(as_json(result), flush=True)
         else:
