@@ -19,7 +19,7 @@ from streamx.cli.main import VERBS
 
 PACKAGE = Path(streamx.__file__).parent
 
-CORE = {"errors", "schema", "config", "threads", "compiled"}
+CORE = {"errors", "schema", "config", "threads"}
 DATA = CORE | {"store", "preprocess", "loader"}
 
 # room -> rooms of streamx that it may import (itself always)
@@ -28,7 +28,6 @@ ROOMS: dict[str, set[str]] = {
     "schema": CORE,
     "config": CORE,
     "threads": CORE,
-    "compiled": CORE,
     "store": CORE,
     "preprocess": CORE | {"store"},
     "loader": CORE | {"store", "preprocess"},

@@ -9,11 +9,10 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from streamx.loader.loader import Minibatch
-from streamx.loader.transform import dense_tensor
+from streamx.loader.loader import Loader, Minibatch
+from streamx.loader.transform import dense
 from streamx.models.sparse import DENSITY_LIMIT, Rows
 from streamx.store.collection import Collection
-from streamx.train.standin import Loader
 
 
 def make_loader(view: Collection, minibatch_size: int, *, device: torch.device, **options: Any) -> Loader:
@@ -36,7 +35,9 @@ def inputs(minibatch: Minibatch) -> tuple[Tensor | Rows, Tensor]:
 
 def query_input(x_ng: sparse.csr_matrix, device: torch.device) -> Tensor | Rows:
     """Transformed cells of a query for a model on ``device``; on the CPU always sparse."""
-    return Rows.of(x_ng) if device.type == "cpu" else dense_tensor(x_ng, 0, x_ng.shape[0], device)
+    if device.type == "cpu":
+        return Rows.of(x_ng)
+    return torch.from_numpy(dense(x_ng, 0, x_ng.shape[0])).to(device)
 
 
 def all_inputs(loader: Loader) -> Iterator[tuple[Tensor | Rows, Tensor]]:
