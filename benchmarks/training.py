@@ -24,6 +24,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -90,12 +91,11 @@ def run_ours(way: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
 
     import streamx as sx
     from streamx.models.scalex import Scalex
-    from streamx.train.distributed import ALONE
     from streamx.train.early_stopping import EarlyStopping
-    from streamx.train.feed import make_loader
+    from streamx.train.feed import make_loader, training_inputs
     from streamx.train.fit import State, fit, make_optimizer
     from streamx.train.latent import latents
-    from streamx.train.run import _noisy_loss
+    from streamx.train.run import named_losses
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")
@@ -107,10 +107,10 @@ def run_ours(way: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
         latents(module, view, "running")
         return {"cells": view.n_obs, "losses": [], **since(start)}
     loader = make_loader(view, MINIBATCH, device=cpu, drop_last=True, seed=seed)
-    if way == "streamx":
-        minibatches = loader.at
-    else:
-        ready = [list(loader.at(epoch)) for epoch in range(min(epochs, 4))]
+    minibatches = partial(training_inputs, loader, module.config.n_latent, seed)
+    few = [minibatch for minibatch, _ in zip(minibatches(0, 0), range(3), strict=False)]
+    if way == "streamx memory":
+        ready = [list(minibatches(epoch, 0)) for epoch in range(min(epochs, 4))]
         minibatches = lambda epoch, done: ready[epoch % len(ready)]  # noqa: E731
 
     def train(module: Scalex, n_epochs: int, minibatches: Any) -> State:
@@ -118,13 +118,12 @@ def run_ours(way: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
             module,
             make_optimizer(module, 2e-4, 5e-4),
             minibatches,
-            _noisy_loss(module, seed, cpu, ALONE),
+            named_losses(module),
             n_epochs=n_epochs,
             state=State(0, [], EarlyStopping(10**6)),
             progress=False,
         )
 
-    few = [minibatch for minibatch, _ in zip(loader.at(0), range(3), strict=False)]
     train(Scalex(view.n_vars, len(view.batches)), 1, lambda epoch, done: few)  # compiles
     start = clock()
     state = train(module, epochs, minibatches)

@@ -175,6 +175,9 @@ class TrainConfig:
         "arithmetic of the network: float32, or on a GPU bfloat16 (weights and losses stay float32)",
         choices=("float32", "bfloat16"),
     )
+    graph: bool = option(
+        False, "on one GPU: record a step once and replay it, which spares the host launching its operations"
+    )
     norm: str = option(
         "matched",
         "statistics of the encoder's batch norm for the latents: matched (each batch moved to what the "

@@ -13,6 +13,7 @@ from streamx.loader.loader import Loader, Minibatch
 from streamx.loader.transform import dense
 from streamx.models.sparse import DENSITY_LIMIT, Rows
 from streamx.store.collection import Collection
+from streamx.train.fit import seed_of
 
 
 def make_loader(view: Collection, minibatch_size: int, *, device: torch.device, **options: Any) -> Loader:
@@ -31,6 +32,23 @@ def inputs(minibatch: Minibatch) -> tuple[Tensor | Rows, Tensor]:
     """What the model sees, and batch codes int64."""
     x_ng, batch_n = minibatch.x_ng, torch.as_tensor(minibatch.batch_n)
     return (x_ng if isinstance(x_ng, Tensor) else Rows.of(x_ng)), batch_n
+
+
+def training_inputs(
+    loader: Loader, n_latent: int, seed: int, epoch: int, done: int
+) -> Iterator[tuple[Tensor | Rows, Tensor, Tensor]]:
+    """This process's minibatches of an epoch without the first ``done``: input, batch codes, noise.
+
+    Noise (n, n_latent) depends on (seed, epoch, number of the minibatch among those of all processes), not on
+    the device.
+    """
+    generator, number = torch.Generator(), done * loader.world + loader.rank
+    for minibatch in loader.at(epoch, done * loader.world):
+        x_ng, batch_n = inputs(minibatch)
+        generator.manual_seed(seed_of(seed, 1, epoch, number))
+        noise_nk = torch.randn(len(minibatch), n_latent, generator=generator)
+        yield x_ng, batch_n, noise_nk.to(batch_n.device, non_blocking=True)
+        number += loader.world
 
 
 def query_input(x_ng: sparse.csr_matrix, device: torch.device) -> Tensor | Rows:

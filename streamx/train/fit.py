@@ -18,7 +18,6 @@ from streamx.train.early_stopping import EarlyStopping
 from streamx.train.stop import Stop
 
 Tensors = dict[str, Tensor]
-Loss = Callable[[Any, int, int], Tensors]
 
 
 class Optimizer(Protocol):
@@ -63,20 +62,24 @@ def make_optimizer(module: nn.Module, lr: float, weight_decay: float, ranks: Ran
     device = next(module.parameters()).device.type
     if device == "cpu":
         return Adam(module, lr, weight_decay, factors=not ranks.several)
-    return torch.optim.Adam(module.parameters(), lr=lr, weight_decay=weight_decay, fused=device == "cuda")
+    on_gpu = device == "cuda"
+    return torch.optim.Adam(
+        module.parameters(), lr=lr, weight_decay=weight_decay, fused=on_gpu, capturable=on_gpu
+    )
 
 
 def fit(
     module: nn.Module,
     optimizer: Optimizer,
-    minibatches: Callable[[int, int], Iterable[Any]],
-    loss: Loss,
+    minibatches: Callable[[int, int], Iterable[tuple[Any, ...]]],
+    loss: Callable[..., Tensors],
     *,
     n_epochs: int,
     state: State,
     n_minibatches: int | None = None,
     accumulate: int = 1,
     precision: AbstractContextManager[Any] | None = None,
+    whole_step: Callable[..., Tensors] | None = None,
     keep: Callable[[State, bool], None] = lambda state, now: None,
     ranks: Ranks = ALONE,
     progress: bool = True,
@@ -93,9 +96,10 @@ def fit(
     optimizer
         Over the module's parameters.
     minibatches
-        (epoch, n) -> iterable of this process's minibatches of that epoch, without the first n.
+        (epoch, n) -> iterable of this process's minibatches of that epoch, without the first n; each is what
+        ``loss`` is called with.
     loss
-        (minibatch, epoch, its number) -> named losses, scalars; ``"loss"`` is minimised.
+        (*minibatch) -> named losses, scalars; ``"loss"`` is minimised.
     state
         Where to begin: a fresh one, or what a checkpoint kept.
     n_minibatches
@@ -104,6 +108,9 @@ def fit(
         Minibatches per step; the step follows their mean gradient.
     precision
         Context of forward passes, such as ``torch.autocast``.
+    whole_step
+        (*minibatch) -> named losses, all of the step done: in place of the loop's own steps of one minibatch
+        in one process (:class:`streamx.train.graph.RecordedStep`).
     keep
         The place to write checkpoints: called with the state after each step and each epoch, and whether this
         has to be kept now (the process is about to stop, or training is over). With several processes only
@@ -121,6 +128,7 @@ def fit(
     precision = precision or nullcontext()
     device = next(module.parameters()).device
     n_steps = None if not ranks.several else ranks.most(-(-(n_minibatches or 0) // accumulate), device)
+    assert whole_step is None or (accumulate == 1 and not ranks.several)
     bar = tqdm(
         total=n_epochs, initial=state.epoch, desc="training", unit="epoch", disable=None if progress else True
     )
@@ -130,15 +138,19 @@ def fit(
             before = tracked(module) if ranks.several else {}
             groups = _grouped(minibatches(state.epoch, state.minibatch), accumulate)
             for group in groups if n_steps is None else _padded(groups, n_steps):
-                optimizer.zero_grad()
-                for number, minibatch in enumerate(group, state.minibatch):
-                    with precision:
-                        losses = loss(minibatch, state.epoch, number)
-                    (losses["loss"] / len(group) if len(group) > 1 else losses["loss"]).backward()
-                    _add(state.sums, losses)
-                stopping = ranks.average_gradients(module.parameters(), len(group), bool(stop.asked))
-                optimizer.step()
+                if whole_step is not None:
+                    _add(state.sums, whole_step(*group[0]))
+                else:
+                    optimizer.zero_grad()
+                    for minibatch in group:
+                        with precision:
+                            losses = loss(*minibatch)
+                        (losses["loss"] / len(group) if len(group) > 1 else losses["loss"]).backward()
+                        _add(state.sums, losses)
+                    asked = ranks.average_gradients(module.parameters(), len(group), bool(stop.asked))
+                    optimizer.step()
                 state.minibatch += len(group)
+                stopping = asked if ranks.several else bool(stop.asked)
                 if not ranks.several:
                     keep(state, stopping)
                 if stopping:

@@ -7,9 +7,10 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from torch import Tensor
 import streamx
 from streamx.config import ScalexConfig, TrainConfig, build
 from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, UsageError, warn
-from streamx.loader.loader import Minibatch
 from streamx.models.matched import Clusters
 from streamx.models.scalex import NormStats, Scalex
 from streamx.store.collection import Collection, open_collection
@@ -32,8 +32,9 @@ from streamx.threads import thread_count
 from streamx.train.checkpoint import Throttle, load_state, save_state
 from streamx.train.distributed import Ranks, together
 from streamx.train.early_stopping import EarlyStopping
-from streamx.train.feed import inputs, make_loader
+from streamx.train.feed import make_loader, training_inputs
 from streamx.train.fit import State, fit, make_optimizer, seed_of
+from streamx.train.graph import RecordedStep
 from streamx.train.latent import latents, match_reference, view_stats
 from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, seal
 
@@ -142,6 +143,7 @@ def _train(
     module = Scalex(view.n_vars, max(1, len(view.batches)), network, generator).to(device)
     optimizer = make_optimizer(module, config.lr, config.weight_decay, ranks)
     state = _state(journal, module, optimizer, ranks) or State(0, [], EarlyStopping(config.patience))
+    precision = _precision(config.precision, device)
     n_minibatches = ranks.most(len(loader), device)
     per_epoch = -(-n_minibatches // config.accumulate)
     before, throttle = (
@@ -156,13 +158,14 @@ def _train(
     fit(
         module,
         optimizer,
-        lambda epoch, done: loader.at(epoch, done * ranks.world),
-        _noisy_loss(module, config.seed, device, ranks),
+        partial(training_inputs, loader, network.n_latent, config.seed),
+        named_losses(module),
         n_epochs=-(-config.max_iteration // per_epoch),
         state=state,
         n_minibatches=n_minibatches,
         accumulate=config.accumulate,
-        precision=_precision(config.precision, device),
+        precision=precision,
+        whole_step=_recorded(config, device, ranks, optimizer, named_losses(module), precision),
         keep=keep,
         ranks=ranks,
         progress=progress and ranks.first,
@@ -226,14 +229,23 @@ def _precision(name: str, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16)
 
 
-def _noisy_loss(module: Scalex, seed: int, device: torch.device, ranks: Ranks) -> Any:
-    """The model's loss, with noise that depends on (seed, epoch, minibatch) and not on the device."""
-    generator = torch.Generator()
+def _recorded(
+    config: TrainConfig, device: torch.device, ranks: Ranks, optimizer: Any, loss: Any, precision: Any
+) -> RecordedStep | None:
+    if not config.graph:
+        return None
+    if device.type != "cuda" or ranks.several or config.accumulate > 1:
+        raise UsageError(
+            "a recorded step is for one GPU, one process and no accumulation", fix="leave --graph out"
+        )
+    return RecordedStep(optimizer, loss, precision or nullcontext())
 
-    def loss(minibatch: Minibatch, epoch: int, number: int) -> dict[str, Tensor]:
-        generator.manual_seed(seed_of(seed, 1, epoch, number * ranks.world + ranks.rank))
-        noise_nk = torch.randn(len(minibatch), module.config.n_latent, generator=generator)
-        found = module.loss(*inputs(minibatch), noise_nk.to(device, non_blocking=True))
+
+def named_losses(module: Scalex) -> Callable[..., dict[str, Tensor]]:
+    """The model's loss and its parts, as the loop takes them."""
+
+    def loss(x_ng: Any, batch_n: Tensor, noise_nk: Tensor) -> dict[str, Tensor]:
+        found = module.loss(x_ng, batch_n, noise_nk)
         return {"loss": found.total, "reconstruction": found.reconstruction, "kl": found.kl}
 
     return loss

@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from views import write_view
 
+from streamx.store.collection import Collection
+from streamx.train.feed import all_inputs, make_loader
+from streamx.train.model import load_model
 from streamx.train.run import train
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
@@ -60,7 +62,7 @@ with together(torch.device("cpu")) as ranks:
         net,
         make_optimizer(net, 1e-2, 0.0, ranks),
         minibatches,
-        lambda mb, epoch, number: {"loss": (net(mb[0], mb[2]) - mb[1]).square().mean()},
+        lambda x, y, batch: {"loss": (net(x, batch) - y).square().mean()},
         n_epochs=6, state=State(0, [], EarlyStopping(9)), n_minibatches=12, ranks=ranks, progress=False,
     )
     torch.save((net.state_dict(), state.history), f"{sys.argv[1]}.{ranks.rank}")
@@ -97,10 +99,10 @@ with together(torch.device("cpu")) as ranks:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     x = torch.randn(5, 6, 3, generator=torch.Generator().manual_seed(1))
-    mine = list(x[ranks.rank::ranks.world])  # three minibatches and two
+    mine = [(part,) for part in x[ranks.rank::ranks.world]]  # three minibatches and two
     state = fit(
         net, make_optimizer(net, 1e-2, 0.0, ranks), lambda epoch, done: mine[done:],
-        lambda mb, epoch, number: {"loss": net(mb).square().mean()},
+        lambda x: {"loss": net(x).square().mean()},
         n_epochs=2, state=State(0, [], EarlyStopping(9)), n_minibatches=len(mine), ranks=ranks,
     )
     torch.save((net.state_dict(), state.history), f"{sys.argv[1]}.{ranks.rank}")
@@ -127,24 +129,34 @@ def command(view: Path, output: Path, **settings: Any) -> list[str]:
 SETTINGS: dict[str, Any] = {"max_iteration": 150, "n_hidden": 32, "threads": 1, "lr": 2e-3, "patience": 99}
 
 
+def judged(path: Path, view: Collection) -> float:
+    """Loss of a trained model over all cells, by running statistics and without noise."""
+    module = load_model(path).module
+    loader = make_loader(view, 4096, device=torch.device("cpu"), order="sequential")
+    [(x_ng, batch_n)] = all_inputs(loader)
+    with torch.no_grad():
+        return float(module.loss(x_ng, batch_n, torch.zeros(len(x_ng), 10)).total)
+
+
 def test_scalex_ends_near_one_process(tmp_path: Path) -> None:
-    """Batch norms see half of the cells each, here 64: within 1 % of the loss, over three seeds."""
+    """Batch norms see half of the cells each: within 1 % of the loss over three seeds, judged in one way.
+
+    Not by the losses of training: in these each norm takes part with its own minibatch, and a smaller one
+    gives a higher loss for the same weights.
+    """
     view = write_view(tmp_path / "view", [1400, 800, 360])
     settings = SETTINGS | {"max_iteration": 400}
     ratios = []
     for seed in range(3):
-        alone = train(
-            view.path, tmp_path / f"one-{seed}", progress=False, seed=seed, minibatch_size=128, **settings
-        )
-        words = command(view.path, tmp_path / f"two-{seed}", seed=seed, minibatch_size=64, **settings)
+        one, two = tmp_path / f"one-{seed}", tmp_path / f"two-{seed}"
+        alone = train(view, one, progress=False, seed=seed, minibatch_size=128, **settings)
+        words = command(view.path, two, seed=seed, minibatch_size=64, **settings)
         done = run(*TORCHRUN, *words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         result = json.loads(done.stdout)  # one object: rank 0 speaks alone
         assert result["steps"] == alone.steps
-        ratios.append(result["loss"] / alone.loss)
-        tensors = load_file(tmp_path / f"two-{seed}" / "model.safetensors")
-        assert all(torch.isfinite(t).all() for t in tensors.values())
-        assert not (tmp_path / f"two-{seed}.journal").exists()
+        assert not two.with_name(f"{two.name}.journal").exists()
+        ratios.append(judged(two, view) / judged(one, view))
     assert abs(np.mean(ratios) - 1) < 0.01, ratios
 
 
@@ -170,7 +182,6 @@ def test_stopped_together_and_taken_up(tmp_path: Path) -> None:
     assert "processes" in alone.stdout  # not with another number of them
     done = run(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert run(*words[:-1], "--minibatch-size=32", cwd=tmp_path).returncode == 0  # nothing left to do
     whole = run(*TORCHRUN, *command(view.path, tmp_path / "whole", **settings), cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
     for name in ("model.safetensors", "history.csv"):

@@ -36,7 +36,7 @@ class Line(nn.Module):
 
 
 def square(module: Line) -> Any:
-    def loss(minibatch: float, epoch: int, step: int) -> dict[str, Tensor]:
+    def loss(minibatch: float) -> dict[str, Tensor]:
         error = (module.slope - minibatch).square().sum()
         return {"loss": error, "half": error / 2}
 
@@ -50,7 +50,7 @@ def test_the_best_epoch_is_restored_for_real() -> None:
     state = fit(
         module,
         torch.optim.SGD(module.parameters(), lr=0.25),
-        lambda epoch, done: [targets[epoch]] * 2,
+        lambda epoch, done: [(targets[epoch],)] * 2,
         square(module),
         n_epochs=5,
         state=State(0, [], EarlyStopping(2)),
@@ -82,7 +82,7 @@ def test_our_adam_is_torchs() -> None:
         fit(
             module,
             optimizer,
-            lambda epoch, done: [1.0, 2.0, 3.0],
+            lambda epoch, done: [(1.0,), (2.0,), (3.0,)],
             square(module),
             n_epochs=4,
             state=State(0, [], EarlyStopping(9)),

@@ -22,19 +22,19 @@ from streamx.train.fit import State, fit, make_optimizer, seed_of
 PER_EPOCH = 5
 
 
-def minibatches(epoch: int, done: int) -> list[tuple[Rows, Tensor]]:
+def minibatches(epoch: int, done: int) -> list[tuple[Rows, Tensor, Tensor]]:
     found = []
     for number in range(done, PER_EPOCH):
         rng = np.random.default_rng((epoch, number))
         x_ng = (rng.random((20, 50)) * (rng.random((20, 50)) < 0.1)).astype(np.float32)
-        found.append((Rows.of(sparse.csr_matrix(x_ng)), torch.from_numpy(rng.integers(0, 3, 20))))
+        noise_nk = torch.randn(20, 4, generator=torch.Generator().manual_seed(seed_of(epoch, number)))
+        found.append((Rows.of(sparse.csr_matrix(x_ng)), torch.from_numpy(rng.integers(0, 3, 20)), noise_nk))
     return found
 
 
 def loss_of(module: Scalex) -> Any:
-    def loss(minibatch: Any, epoch: int, number: int) -> dict[str, Tensor]:
-        generator = torch.Generator().manual_seed(seed_of(epoch, number))
-        found = module.loss(*minibatch, torch.randn(20, 4, generator=generator))
+    def loss(*minibatch: Any) -> dict[str, Tensor]:
+        found = module.loss(*minibatch)
         return {"loss": found.total, "kl": found.kl}
 
     return loss
@@ -104,8 +104,8 @@ def test_accumulated_gradients_are_those_of_all_cells() -> None:
         state = fit(
             module,
             torch.optim.SGD(module.parameters(), lr=0.1),
-            lambda epoch, done, size=size: x.split(size),
-            lambda x, epoch, number, module=module: {"loss": module(x).square().mean()},
+            lambda epoch, done, size=size: [(part,) for part in x.split(size)],
+            lambda x, module=module: {"loss": module(x).square().mean()},
             n_epochs=3,
             state=State(0, [], EarlyStopping(9)),
             accumulate=accumulate,
