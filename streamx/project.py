@@ -29,10 +29,10 @@ from streamx.models.scalex import encode, encode_by_minibatch, norm_stats, runni
 from streamx.query import Block, Query, Request, open_query, query_obs, read_blocks, requests
 from streamx.store.journal import first_difference
 from streamx.store.latents import write_latents
+from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.feed import query_input
 from streamx.train.latent import ORIGINAL
 from streamx.train.model import Model, load_model
-from streamx.train.run import one_torch_thread, pick_device
 
 log = logging.getLogger("streamx")
 

@@ -18,6 +18,7 @@ from streamx.train.early_stopping import EarlyStopping
 from streamx.train.stop import Stop
 
 Tensors = dict[str, Tensor]
+FULL: AbstractContextManager[Any] = nullcontext()  # float32, as it comes
 
 
 class Optimizer(Protocol):
@@ -78,7 +79,7 @@ def fit(
     state: State,
     n_minibatches: int | None = None,
     accumulate: int = 1,
-    precision: AbstractContextManager[Any] | None = None,
+    precision: AbstractContextManager[Any] = FULL,
     whole_step: Callable[..., Tensors] | None = None,
     keep: Callable[[State, bool], None] = lambda state, now: None,
     ranks: Ranks = ALONE,
@@ -125,7 +126,6 @@ def fit(
     KeyboardInterrupt
         Ctrl-C passes through when the step is done and kept; so does what a handler of SIGTERM raises.
     """
-    precision = precision or nullcontext()
     device = next(module.parameters()).device
     n_steps = None if not ranks.several else ranks.most(-(-(n_minibatches or 0) // accumulate), device)
     assert whole_step is None or (accumulate == 1 and not ranks.several)

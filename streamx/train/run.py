@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -30,6 +28,7 @@ from streamx.store.location import Location
 from streamx.store.manifest import describe, dump
 from streamx.threads import thread_count
 from streamx.train.checkpoint import Throttle, load_state, save_state
+from streamx.train.device import check_device, one_torch_thread, pick_device, precision_of
 from streamx.train.distributed import Ranks, together
 from streamx.train.early_stopping import EarlyStopping
 from streamx.train.feed import make_loader, training_inputs
@@ -106,50 +105,58 @@ def train(
     if card is not None:
         return _finished(location, card, fingerprint, begun)
     with one_torch_thread(), together(device) as ranks:
+        check_device(config, device, ranks)
         journal = Journal(location, fingerprint | _several(ranks)) if ranks.first else None
         try:
-            return _train(
-                view, location, journal, config, network, device, ranks, fingerprint, progress, begun
-            )
+            run = _Run(view, config, network, device, ranks, journal)
+            module, state, done, rate = _fit(run, progress)
+            if journal is not None:
+                _finish(location, run, module, state, done, fingerprint)
+                journal.remove()
         finally:
             if journal is not None:
                 journal.release()
+    return _result(location, done, rate, time.monotonic() - begun)
 
 
-def _train(
-    view: Collection,
-    location: Location,
-    journal: Journal | None,
-    config: TrainConfig,
-    network: ScalexConfig,
-    device: torch.device,
-    ranks: Ranks,
-    fingerprint: dict[str, Any],
-    progress: bool,
-    begun: float,
-) -> TrainResult:
-    options: dict[str, Any] = {"memory": config.memory, "threads": thread_count(config.threads)}
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What a call works with; processes other than the first have no journal."""
+
+    view: Collection
+    config: TrainConfig
+    network: ScalexConfig
+    device: torch.device
+    ranks: Ranks
+    journal: Journal | None
+
+    @property
+    def reading(self) -> dict[str, Any]:
+        return {"memory": self.config.memory, "threads": thread_count(self.config.threads)}
+
+
+def _fit(run: _Run, progress: bool) -> tuple[Scalex, State, dict[str, Any], float]:
+    """Train, or go on: the model, its state, what was done in numbers, and cells per second of this call."""
+    view, config, ranks, journal = run.view, run.config, run.ranks, run.journal
     loader = make_loader(
         view,
         config.minibatch_size,
-        device=device,
+        device=run.device,
         drop_last=True,
         seed=config.seed,
         rank=ranks.rank,
         world=ranks.world,
-        **options,
+        **run.reading,
     )
     generator = torch.Generator().manual_seed(seed_of(config.seed, 0))
-    module = Scalex(view.n_vars, max(1, len(view.batches)), network, generator).to(device)
+    module = Scalex(view.n_vars, max(1, len(view.batches)), run.network, generator).to(run.device)
     optimizer = make_optimizer(module, config.lr, config.weight_decay, ranks)
     state = _state(journal, module, optimizer, ranks) or State(0, [], EarlyStopping(config.patience))
-    precision = _precision(config.precision, device)
-    n_minibatches = ranks.most(len(loader), device)
+    loss, precision = named_losses(module), precision_of(config, run.device)
+    n_minibatches = ranks.most(len(loader), run.device)
     per_epoch = -(-n_minibatches // config.accumulate)
-    before, throttle = (
-        state.epoch * per_epoch + state.minibatch // config.accumulate,
-        Throttle(config.checkpoint_seconds),
-    )
+    seen = state.epoch * n_minibatches + state.minibatch
+    throttle, begun = Throttle(config.checkpoint_seconds), time.monotonic()
 
     def keep(state: State, now: bool) -> None:
         if journal is not None and (now or throttle.due()):
@@ -158,41 +165,60 @@ def _train(
     fit(
         module,
         optimizer,
-        partial(training_inputs, loader, network.n_latent, config.seed),
-        named_losses(module),
+        partial(training_inputs, loader, run.network.n_latent, config.seed),
+        loss,
         n_epochs=-(-config.max_iteration // per_epoch),
         state=state,
         n_minibatches=n_minibatches,
         accumulate=config.accumulate,
         precision=precision,
-        whole_step=_recorded(config, device, ranks, optimizer, named_losses(module), precision),
+        whole_step=RecordedStep(optimizer, loss, precision) if config.graph else None,
         keep=keep,
         ranks=ranks,
         progress=progress and ranks.first,
     )
-    seconds = time.monotonic() - begun
+    minibatches = (state.epoch * n_minibatches - seen) * ranks.world
+    rate = minibatches * min(config.minibatch_size, view.n_obs) / (time.monotonic() - begun)
+    return module, state, _summary(view, state, per_epoch), rate
+
+
+def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
+    """What was done, over all calls.
+
+    Raises
+    ------
+    BadValuesError
+        If no epoch had a loss.
+    """
     if state.stopping.best_epoch < 0:
         raise BadValuesError(
             "the loss is not a number", where=str(view.path), fix="a lower --lr, or other input"
         )
     if state.stopping.best_epoch != state.epoch - 1 and math.isnan(state.history[-1]["loss"]):
         warn(f"the loss became NaN in epoch {state.epoch - 1}; epoch {state.stopping.best_epoch} is kept")
-    steps = state.epoch * per_epoch
-    trained = {
+    return {
         "n_cells": view.n_obs,
         "epochs": state.epoch,
-        "steps": steps,
+        "steps": state.epoch * per_epoch,
         "best_epoch": state.stopping.best_epoch,
         "loss": state.stopping.best,
     }
-    if journal is not None:
-        stats = view_stats(module, view, **options)
-        clusters, moves = match_reference(module, view, seed=config.seed, **options)
-        z_nk = latents(module, view, config.norm, stats, moves, seed=config.seed, **options)
-        _write(location, view, module, stats, clusters, z_nk, state, trained, fingerprint, config)
-        journal.remove()
-    cells = (steps - before) * config.accumulate * ranks.world * min(config.minibatch_size, view.n_obs)
-    return _result(location, trained, cells / seconds, time.monotonic() - begun)
+
+
+def _finish(
+    location: Location,
+    run: _Run,
+    module: Scalex,
+    state: State,
+    done: dict[str, Any],
+    fingerprint: dict[str, Any],
+) -> None:
+    """What the model says of its reference, and the folder with all of it."""
+    view, config, options = run.view, run.config, run.reading
+    stats = view_stats(module, view, **options)
+    clusters, moves = match_reference(module, view, seed=config.seed, **options)
+    z_nk = latents(module, view, config.norm, stats, moves, seed=config.seed, **options)
+    _write(location, view, module, stats, clusters, z_nk, state, done, fingerprint, config)
 
 
 def _several(ranks: Ranks) -> dict[str, Any]:
@@ -212,33 +238,6 @@ def _state(journal: Journal | None, module: Scalex, optimizer: Any, ranks: Ranks
                 module.load_state_dict(weights)
                 optimizer.load_state_dict(moments)
     return state
-
-
-def _precision(name: str, device: torch.device) -> Any:
-    """The context of forward passes.
-
-    Raises
-    ------
-    UsageError
-        For bfloat16 on a CPU, where it saves nothing.
-    """
-    if name == "float32":
-        return None
-    if device.type == "cpu":
-        raise UsageError("precision bfloat16 on the CPU", fix="--precision float32")
-    return torch.autocast(device.type, torch.bfloat16)
-
-
-def _recorded(
-    config: TrainConfig, device: torch.device, ranks: Ranks, optimizer: Any, loss: Any, precision: Any
-) -> RecordedStep | None:
-    if not config.graph:
-        return None
-    if device.type != "cuda" or ranks.several or config.accumulate > 1:
-        raise UsageError(
-            "a recorded step is for one GPU, one process and no accumulation", fix="leave --graph out"
-        )
-    return RecordedStep(optimizer, loss, precision or nullcontext())
 
 
 def named_losses(module: Scalex) -> Callable[..., dict[str, Tensor]]:
@@ -362,39 +361,3 @@ def _result(location: Location, trained: dict[str, Any], rate: float, seconds: f
         seconds=round(seconds, 3),
         path=str(location),
     )
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto``: a GPU where there is one; of several, the one that ``torchrun`` means for this process.
-
-    Raises
-    ------
-    UsageError
-        If torch does not know the device, or has none.
-    """
-    try:
-        if name == "auto":
-            name = "cuda" if torch.cuda.is_available() else "cpu"
-        if name == "cuda" and "LOCAL_RANK" in os.environ:
-            name = f"cuda:{os.environ['LOCAL_RANK']}"
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise UsageError(f"device {name!r} can't be used: {reason}", fix="--device cpu") from None
-    return device
-
-
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Torch's arithmetic on one thread, for the time of a call.
-
-    Matrix products round differently on other numbers of threads, so a model would depend on the machine;
-    and steps of 64 cells are so short that a second thread costs more than it gives where cores are shared.
-    """
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -162,7 +162,7 @@ def test_scalex_ends_near_one_process(tmp_path: Path) -> None:
 
 def test_stopped_together_and_taken_up(tmp_path: Path) -> None:
     view = write_view(tmp_path / "view", [180, 90, 1])
-    settings = SETTINGS | {"max_iteration": 3000, "checkpoint_seconds": 0, "minibatch_size": 32}
+    settings = SETTINGS | {"max_iteration": 1000, "checkpoint_seconds": 0, "minibatch_size": 32}
     words = [*TORCHRUN, *command(view.path, tmp_path / "model", **settings)]
     child = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
     record = tmp_path / "model.journal" / "records" / "training.json"

@@ -231,6 +231,9 @@ def test_wrong_settings(view: Collection, tmp_path: Path) -> None:
         {"max_iteration": -1},
         {"epochs": 3},
         {"device": "tpu9"},
+        {"accumulate": 0},
+        {"device": "cpu", "precision": "bfloat16"},
+        {"device": "cpu", "graph": True},
     ):
         with pytest.raises(UsageError):
             train(view, tmp_path / "model", **SMALL | wrong)
