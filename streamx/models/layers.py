@@ -55,6 +55,10 @@ class DomainNorm(nn.Module):
 
     def forward(self, x_ng: Tensor, batch_n: Tensor, *, copy_single: bool = False) -> Tensor:
         """(n, g) float32 and batch codes (n,) int64 in [0, n_batches) -> (n, g)."""
+        device = x_ng.device.type
+        if torch.is_autocast_enabled(device):  # statistics of bfloat16 would have three digits
+            with torch.autocast(device, enabled=False):
+                return self(x_ng.float(), batch_n, copy_single=copy_single)
         onehot_bn = F.one_hot(batch_n, len(self.weight)).t().to(x_ng.dtype)
         n_b = onehot_bn.sum(1)[:, None]
         if self.training:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -48,15 +48,28 @@ def save_state(journal: Journal, module: nn.Module, optimizer: Any, state: State
             journal.location.delete(other)
 
 
-def load_state(journal: Journal, module: nn.Module, optimizer: Any) -> State | None:
-    """Bring module and optimizer to the state that was kept last; None if there is none that is whole."""
+@dataclass(frozen=True)
+class Kept:
+    """What :func:`save_state` wrote: the record and its tensors, on the CPU."""
+
+    record: dict[str, Any]
+    tensors: Tensors
+
+
+def find_state(journal: Journal) -> Kept | None:
+    """What was kept last; None if there is nothing, or it is not whole."""
     record = journal.find(RECORD)
     if record is None or not journal.location.exists(record["tensors"][0]):
         return None
     data = journal.location.read(record["tensors"][0])
     if describe(data) != record["tensors"][1:]:
         return None  # damaged: begin again rather than go on from a wrong state
-    tensors = load_tensors(data)
+    return Kept(record, load_tensors(data))
+
+
+def restore(kept: Kept, module: nn.Module, optimizer: Any) -> State:
+    """Bring module and optimizer to that state, and say where it was."""
+    record, tensors = kept.record, kept.tensors
     module.load_state_dict(_part(tensors, "weights."))
     parameters = list(module.parameters())
     slots: dict[int, dict[str, Any]] = {}

@@ -27,7 +27,7 @@ from streamx.store.latents import write_latents
 from streamx.store.location import Location
 from streamx.store.manifest import describe, dump
 from streamx.threads import thread_count
-from streamx.train.checkpoint import Throttle, load_state, save_state
+from streamx.train.checkpoint import Throttle, find_state, restore, save_state
 from streamx.train.device import check_device, one_torch_thread, pick_device, precision_of
 from streamx.train.distributed import Ranks, together
 from streamx.train.early_stopping import EarlyStopping
@@ -151,7 +151,7 @@ def _fit(run: _Run, progress: bool) -> tuple[Scalex, State, dict[str, Any], floa
     generator = torch.Generator().manual_seed(seed_of(config.seed, 0))
     module = Scalex(view.n_vars, max(1, len(view.batches)), run.network, generator).to(run.device)
     optimizer = make_optimizer(module, config.lr, config.weight_decay, ranks)
-    state = _state(journal, module, optimizer, ranks) or State(0, [], EarlyStopping(config.patience))
+    state = _state(run, module, optimizer)
     loss, precision = named_losses(module), precision_of(config, run.device)
     n_minibatches = ranks.most(len(loader), run.device)
     per_epoch = -(-n_minibatches // config.accumulate)
@@ -226,17 +226,13 @@ def _several(ranks: Ranks) -> dict[str, Any]:
     return {"processes": ranks.world} if ranks.several else {}
 
 
-def _state(journal: Journal | None, module: Scalex, optimizer: Any, ranks: Ranks) -> State | None:
-    """What an interrupted run has left, on all processes."""
-    state = load_state(journal, module, optimizer) if journal is not None else None
-    state = ranks.share(state)
-    if state is not None:
-        log.info("going on after epoch %d, minibatch %d", state.epoch, state.minibatch)
-        if ranks.several:
-            weights, moments = ranks.share((module.state_dict(), optimizer.state_dict()))
-            if not ranks.first:
-                module.load_state_dict(weights)
-                optimizer.load_state_dict(moments)
+def _state(run: _Run, module: Scalex, optimizer: Any) -> State:
+    """What an interrupted run has left, on all processes; else a fresh state."""
+    kept = run.ranks.share(find_state(run.journal) if run.journal is not None else None)
+    if kept is None:
+        return State(0, [], EarlyStopping(run.config.patience))
+    state = restore(kept, module, optimizer)
+    log.info("going on after epoch %d, minibatch %d", state.epoch, state.minibatch)
     return state
 
 

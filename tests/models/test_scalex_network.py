@@ -93,6 +93,17 @@ def test_domain_norm_equals_one_batch_norm_per_batch(codes: list[int]) -> None:
     assert norm.num_batches_tracked.tolist() == [int((batch == b).sum() > 1) for b in range(4)]
 
 
+def test_domain_norm_keeps_its_precision_under_autocast() -> None:
+    x, batch = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)), torch.arange(64) % 2
+    norms = [DomainNorm(2, 5), DomainNorm(2, 5)]
+    want = norms[0](x.bfloat16().float(), batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = norms[1](x.bfloat16(), batch)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, want)
+    assert torch.equal(norms[1].running_var, norms[0].running_var)
+
+
 def test_a_single_row_is_normalised_at_inference() -> None:
     norm = DomainNorm(2, 3).eval()
     norm.running_mean += 2.0
