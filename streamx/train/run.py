@@ -41,6 +41,8 @@ log = logging.getLogger("streamx")
 
 # Settings that change how the work is done and not its result.
 _FREE = ("device", "memory", "threads", "checkpoint_seconds")
+# Settings that came later: models that say nothing of them have the default.
+_LATER = ("accumulate", "precision", "graph")
 
 
 @dataclass(frozen=True)
@@ -324,9 +326,12 @@ def _fingerprint(view: Collection, config: TrainConfig, network: ScalexConfig) -
             "batches": view.batches,
         }
     )
+    default = asdict(TrainConfig())
+    settings = asdict(config)
+    later = {k for k in _LATER if settings[k] == default[k]}
     return {
         "view": {"generation": view.generation, "sha256": hashlib.sha256(content).hexdigest()},
-        "train": {k: v for k, v in asdict(config).items() if k not in _FREE},
+        "train": {k: v for k, v in settings.items() if k not in later.union(_FREE)},
         "network": asdict(network),
     }
 
