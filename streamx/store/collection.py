@@ -50,7 +50,8 @@ class Collection:
     # -- what it is ------------------------------------------------------------------------------------
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | str:
+        """Folder, or URL."""
         return self.location.root
 
     @property
