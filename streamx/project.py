@@ -135,6 +135,7 @@ def _project_one(
         _write(target, query, mapped, model, config, fingerprint, report)
     finally:
         query.close()
+        shutil.rmtree(scratch / "inputs", ignore_errors=True)  # copies from a bucket
     n_passed = int(query.passed_n.sum())
     return report | {"status": "done", "n_passed": n_passed, "reference_statistics": mapped.small}
 

@@ -36,6 +36,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 CONNECT_SECONDS = 5.0
 SHORT_ANSWERS = 3  # in a row: then the object itself is short
 MERGE_GAP = 1 << 14  # bytes that cost less than another request
+LARGEST = 1 << 24  # bytes up to which ranges become one request
 # What a 404 means: to who reads an object, and to who needs no more than the bucket.
 NO_OBJECT = (IntegrityError, "object is missing", RESTORE)
 NO_BUCKET = (StorageError, "there is no such bucket", "make it, or check the URL")
@@ -145,6 +146,13 @@ class Bucket:
             return self._try(key, lambda: int(obstore.head(self._client, key)["size"]))
         except FileNotFoundError:
             return None
+
+    def stamp(self, key: str) -> str:
+        """Text that changes when the object does."""
+        import obstore
+
+        meta = self._try(key, lambda: obstore.head(self._client, key), NO_OBJECT)
+        return f"{meta['size']} {meta['e_tag']} {meta['last_modified']}"
 
     def read(self, key: str) -> bytes:
         return self._read(key)[0]
@@ -348,12 +356,16 @@ class Request:
     parts: tuple[tuple[int, int, int], ...]
 
 
-def merge(ranges: Sequence[Range], gap: int = MERGE_GAP) -> list[Request]:
-    """Ranges as requests: those of one object with at most `gap` bytes between them become one. Pure."""
+def merge(ranges: Sequence[Range], gap: int = MERGE_GAP, largest: int = LARGEST) -> list[Request]:
+    """Ranges as requests: those of one object with at most `gap` bytes between them become one. Pure.
+
+    None grows beyond :data:`LARGEST` bytes in this way: several at once are faster than one.
+    """
     requests: list[Request] = []
     for key, start, size, at in sorted(ranges):
         last = requests[-1] if requests else None
-        if last is not None and last.key == key and start <= last.stop + gap:
+        near = last is not None and last.key == key and start <= last.stop + gap
+        if last is not None and near and start + size - last.start <= largest:
             parts = (*last.parts, (start, size, at))
             requests[-1] = replace(last, stop=max(last.stop, start + size), parts=parts)
         else:
