@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import random
@@ -420,21 +421,19 @@ def test_refused_or_lost_chunks_are_no_zeros(bucket: Make, proxy: Proxy, kind: s
 
 
 def test_each_lost_or_cut_object(bucket: Make) -> None:
-    """R9 in a bucket: verify names it; what reads it raises an error of ours, and never gives other values."""
+    """R9 in a bucket: verify names it; what reads it raises an error of ours, or gives the same."""
     place = bucket()
     convert(place)
     expected = everything(place)
     keys = place.list()
-    for key in random.Random(0).sample(keys, 25):
+    for key in random.Random(0).sample(keys, 12):
         whole = place.read(key)
         for cut in (None, whole[: len(whole) // 2]):
             place.delete(key) if cut is None else place.write(key, cut)
             report = sx.verify(place)
             assert not report["ok"]
-            try:
+            with contextlib.suppress(IntegrityError, BadFileError, IncompleteError):
                 assert everything(place) == expected
-            except (IntegrityError, BadFileError, IncompleteError):
-                pass
         place.write(key, whole)
     assert everything(place) == expected
 
@@ -471,7 +470,10 @@ def test_inputs_from_a_bucket(bucket: Make, url: str, tmp_path: Path) -> None:
     shard = Folder(tmp_path / "c/shards/000000.zarr")
     for key in shard.list():
         inputs.write(f"c.zarr/{key}", shard.read(key))
-    for given, count in (([f"{url}/inputs/*.h5ad"], 13), ([f"{url}/inputs/a.h5ad", f"{url}/inputs/c.zarr"], 20)):
+    for given, count in (
+        ([f"{url}/inputs/*.h5ad"], 13),
+        ([f"{url}/inputs/a.h5ad", f"{url}/inputs/c.zarr"], 20),
+    ):
         names = ["a.h5ad", "b.h5ad"] if count == 13 else ["a.h5ad"]
         paths: list[Any] = [local / name for name in names] + ([shard.root] if count == 20 else [])
         expected = sx.convert(dict(zip(["a", "bc"[count == 20]], paths, strict=True)), tmp_path / f"e{count}")
