@@ -225,10 +225,9 @@ def _commit_overlay(base: Collection, journal: Journal, overlay: pd.DataFrame, d
     run = run_tag(base.location, {"annotate": digest}, state)
     path = f"obs/{number:06d}{run}.zarr"
     staged = base.location.staged(journal.tmp)
-    objects = dict(state.objects)
-    for key, data in draft.take().items():
-        staged.write(f"{path}/{key}", data)
-        objects[f"{path}/{key}"] = describe(data)
+    written = {f"{path}/{key}": data for key, data in draft.take().items()}
+    staged.write_all(written)
+    objects = state.objects | {key: describe(data) for key, data in written.items()}
     entry = {"path": path, "n_obs": base.n_obs, "columns": list(overlay.columns), "digest": digest}
     after = replace(
         state,

@@ -25,7 +25,7 @@ import numpy as np
 from streamx.config import BucketConfig, build
 from streamx.errors import IntegrityError, LockedError, StorageError, StreamxError, UsageError
 from streamx.store.location import RESTORE, SCHEMES, Bytes, ObjectTable, Range, check_key
-from streamx.threads import run_all
+from streamx.threads import pause, run_all
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -203,6 +203,10 @@ class Bucket:
         whole = data[0] if len(data) == 1 else b"".join(data)
         self._try(key, lambda: obstore.put(self._client, key, whole, use_multipart=False), NO_BUCKET)
 
+    def write_all(self, objects: Mapping[str, bytes]) -> None:
+        tasks = [partial(self.write, key, data) for key, data in objects.items()]
+        run_all(tasks, self._at_once(tasks))
+
     def replace(self, key: str, data: bytes, before: bytes | None) -> None:
         """A conditional PUT: of several writers, the bucket lets one win."""
         import obstore
@@ -228,28 +232,24 @@ class Bucket:
 
     def put_tree(self, objects: Mapping[str, bytes]) -> None:
         self.delete("zarr.json")
-        self._delete_all(set(self.list()) - set(objects))
-        tasks = [partial(self.write, key, data) for key, data in objects.items() if key != "zarr.json"]
-        run_all(tasks, self._at_once(tasks))
+        self.delete(*(key for key in self.list() if key not in objects))
+        self.write_all({key: data for key, data in objects.items() if key != "zarr.json"})
         self.write("zarr.json", objects["zarr.json"])
 
-    def delete(self, key: str) -> None:
-        self._delete_all([key])
-
-    def delete_tree(self, prefix: str) -> None:
-        self._delete_all([*([prefix] if prefix else []), *self.list(prefix)])
-
-    def _delete_all(self, keys: Sequence[str] | set[str]) -> None:
+    def delete(self, *keys: str) -> None:
         import obstore
 
-        paths = [check_key(key, self.root) for key in sorted(keys)]
-        if paths:
-            try:
-                self._try(paths[0], lambda: obstore.delete(self._client, paths))
-            except FileNotFoundError:  # some services say so
-                if len(paths) > 1:
-                    for path in paths:
-                        self._delete_all([path])
+        paths = [check_key(key, self.root) for key in keys]
+        if not paths:
+            return
+        try:
+            self._try(paths[0], lambda: obstore.delete(self._client, paths))
+        except FileNotFoundError:  # some services say so, and where they do, one by one
+            for path in paths if len(paths) > 1 else ():
+                self.delete(path)
+
+    def delete_tree(self, prefix: str) -> None:
+        self.delete(*([prefix] if prefix else []), *self.list(prefix))
 
     def list(self, prefix: str = "") -> list[str]:
         import obstore
@@ -312,7 +312,7 @@ class Bucket:
 
         where = f"{self.root}/{check_key(key, self.root)}".rstrip("/")
         deadline = time.monotonic() + self.config.retry_seconds
-        pause, short = FIRST_PAUSE, 0
+        longest, short = FIRST_PAUSE, 0
         while True:
             try:
                 return request()
@@ -331,15 +331,16 @@ class Bucket:
                 if final is not None:
                     raise final from None
                 failure = error
-            wait = pause * random.uniform(0.5, 1)
+            wait = longest * random.uniform(0.5, 1)
             if time.monotonic() + wait > deadline:
                 raise StorageError(
                     f"no answer within {self.config.retry_seconds:g} s ({_reason(failure)})",
                     where=where,
                     fix="run the same command again when the service answers",
                 ) from None
-            time.sleep(wait)
-            pause = min(2 * pause, LONGEST_PAUSE)
+            if pause(wait):
+                raise StorageError("stopped", where=where) from None
+            longest = min(2 * longest, LONGEST_PAUSE)
 
 
 class _ShortAnswer(Exception):
@@ -387,7 +388,7 @@ def _final(error: Exception, where: str, credentials: str) -> Exception | None:
         return StorageError("there are no credentials", where=where, fix=credentials)
     if status == 416:
         return IntegrityError("object is cut short", where=where, fix=RESTORE)
-    passing = status is None or status >= 500 or status in (408, 429)
+    passing = status is None or status >= 500 or status in (408, 409, 429) or "<Code>RequestTimeout<" in text
     if passing and isinstance(error, exceptions.GenericError):
         return None
     return StorageError(

@@ -120,6 +120,10 @@ class Folder:
                 tmp.unlink()
             raise storage_error(error, f"{self.root}/{key}") from error
 
+    def write_all(self, objects: Mapping[str, bytes]) -> None:
+        for key, data in objects.items():
+            self.write(key, data)
+
     def replace(self, key: str, data: bytes, before: bytes | None) -> None:
         now = self.read(key) if self.exists(key) else None
         if now not in (before, data):
@@ -129,14 +133,14 @@ class Folder:
     def put_tree(self, objects: Mapping[str, bytes]) -> None:
         partial = Folder(self.root.with_name(f".{self.root.name}.partial"))
         shutil.rmtree(partial.root, ignore_errors=True)
-        for key, data in objects.items():
-            partial.write(key, data)
+        partial.write_all(objects)
         if self.root.exists():
             shutil.rmtree(self.root)
         os.replace(partial.root, self.root)
 
-    def delete(self, key: str) -> None:
-        self.path(key).unlink(missing_ok=True)
+    def delete(self, *keys: str) -> None:
+        for key in keys:
+            self.path(key).unlink(missing_ok=True)
 
     def delete_tree(self, prefix: str) -> None:
         path = self.path(prefix)

@@ -107,6 +107,9 @@ class Location(Protocol):
     def write(self, key: str, *data: Bytes) -> None:
         """Put a whole object (the pieces, joined) in place: a reader sees the old one or the new one."""
 
+    def write_all(self, objects: Mapping[str, bytes]) -> None:
+        """Put several objects in place, in any order; in a bucket many at once."""
+
     def replace(self, key: str, data: bytes, before: bytes | None) -> None:
         """Write an object if it still is what it was (None: if there is none), or is `data` already.
 
@@ -122,8 +125,8 @@ class Location(Protocol):
         In a bucket its ``zarr.json`` goes first and comes last: meanwhile there is none.
         """
 
-    def delete(self, key: str) -> None:
-        """Delete an object, if there is one."""
+    def delete(self, *keys: str) -> None:
+        """Delete these objects, as far as there are any."""
 
     def delete_tree(self, prefix: str) -> None:
         """Delete the object of this name, or all below it."""

@@ -165,8 +165,7 @@ def commit(location: Location, generation: Generation, base: Generation | None) 
     former = None if base is None else _marker(base, dump(asdict(base)))
     location.replace(MARKER, _marker(generation, data), former)
     location.sync()
-    for key in strays:
-        location.delete(key)
+    location.delete(*strays)
 
 
 def _marker(generation: Generation, data: bytes) -> bytes:

@@ -417,10 +417,9 @@ class _Writer:
         done = self.journal.find(name)
         if done and all(self._unharmed(key, expected) for key, expected in done.items()):
             return done
-        table: ObjectTable = {}
-        for key, data in encode().items():
-            self.location.write(f"{prefix}/{key}", data)
-            table[f"{prefix}/{key}"] = describe(data)
+        objects = {f"{prefix}/{key}": data for key, data in encode().items()}
+        self.location.write_all(objects)
+        table: ObjectTable = {key: describe(data) for key, data in objects.items()}
         self.journal.record(name, table)
         return table
 

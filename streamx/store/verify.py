@@ -11,6 +11,8 @@ from streamx.store.location import Location, describe, open_location
 from streamx.store.manifest import MARKER, expected_objects, is_unfinished, read_generation
 from streamx.threads import run_all, thread_count
 
+FROM_A_BUCKET = 8  # objects that are read at once, whatever the number of cores
+
 
 def verify_collection(place: str | Path | Location, *, threads: int = 0) -> dict[str, Any]:
     """Read every object of a store or view and compare it with what was written.
@@ -20,7 +22,7 @@ def verify_collection(place: str | Path | Location, *, threads: int = 0) -> dict
     place
         The store or view.
     threads
-        Threads that read (0: one per core).
+        Threads that read (0: one per core; more from a bucket).
 
     Returns
     -------
@@ -43,11 +45,8 @@ def verify_collection(place: str | Path | Location, *, threads: int = 0) -> dict
 
         return {"ok": False, "objects": 0, "errors": [{"object": error.where, "error": error.what}]}
     keys = sorted(expected)
-    found = run_all(
-        [partial(check_object, location, key, expected[key]) for key in keys],
-        thread_count(threads),
-        "verifying",
-    )
+    n = thread_count(threads if threads or not location.shared else FROM_A_BUCKET)
+    found = run_all([partial(check_object, location, key, expected[key]) for key in keys], n, "verifying")
     errors = [{"object": key, "error": error} for key, error in zip(keys, found, strict=True) if error]
     known = {*expected, state.path, MARKER}
     if not location.journal.exists():  # else a commit under way is adding objects
