@@ -87,11 +87,13 @@ class Proxy:
             started.set()
             await self._stop.wait()
             server.close()
-            for task in asyncio.all_tasks() - {asyncio.current_task()}:
-                task.cancel()
+            while others := asyncio.all_tasks() - {asyncio.current_task()}:
+                for task in others:
+                    task.cancel()
+                await asyncio.gather(*others, return_exceptions=True)
+            await asyncio.sleep(0.01)  # for what a closed connection has left to do
 
         self._loop.run_until_complete(serve())
-        self._loop.run_until_complete(asyncio.sleep(0))
         self._loop.close()
 
     async def _connection(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -101,7 +103,7 @@ class Proxy:
         except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
             pass
         finally:
-            writer.close()
+            writer.transport.abort() if self._stop.is_set() else writer.close()
 
     def _fault(self, method: str, path: str) -> str:
         if self.choose is not None:

@@ -222,8 +222,8 @@ def _commit_overlay(base: Collection, journal: Journal, overlay: pd.DataFrame, d
     number = state.number + 1
     draft = Draft()
     draft_frame(draft, "", overlay)
-    run = run_tag(base.location, {"annotate": digest}, state)
-    path = f"obs/{number:06d}{run}.zarr"
+    tag = run_tag(base.location, {"annotate": digest}, state)
+    path = f"obs/{number:06d}{tag}.zarr"
     staged = base.location.staged(journal.tmp)
     written = {f"{path}/{key}": data for key, data in draft.take().items()}
     staged.write_all(written)
@@ -235,6 +235,6 @@ def _commit_overlay(base: Collection, journal: Journal, overlay: pd.DataFrame, d
         obs_schema=state.obs_schema | obs_schema(overlay),
         overlays=(*state.overlays, entry),
         objects=objects,
-        run=run,
+        tag=tag,
     )
     commit(staged, after, state)

@@ -49,11 +49,11 @@ class Part:
     runs: tuple[tuple[str | None, int], ...]
     sources: tuple[dict[str, Any], ...]
     objects: ObjectTable
-    run: str = ""
+    tag: str = ""
 
     @property
     def obs_path(self) -> str:
-        return f"obs/{self.number:06d}{self.run}.zarr"
+        return f"obs/{self.number:06d}{self.tag}.zarr"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Generation:
         Settings and inputs of the newest part: what a resumed run must have in common.
     objects
         What belongs to no part: tables, overlays, the manifests of the generations before.
-    run
+    tag
         What the names of its newest objects end in (:func:`run_tag`).
     """
 
@@ -90,7 +90,7 @@ class Generation:
     tables: dict[str, str] = field(default_factory=dict)
     view: dict[str, Any] | None = None
     objects: ObjectTable = field(default_factory=dict)
-    run: str = ""
+    tag: str = ""
 
     @property
     def n_obs(self) -> int:
@@ -98,7 +98,7 @@ class Generation:
 
     @property
     def path(self) -> str:
-        return f"generations/{self.number:06d}{self.run}.json"
+        return f"generations/{self.number:06d}{self.tag}.json"
 
 
 def dump(value: Any) -> bytes:
@@ -107,7 +107,7 @@ def dump(value: Any) -> bytes:
 
 
 def dump_part(part: Part) -> tuple[str, bytes]:
-    return f"parts/{part.number:06d}{part.run}.json", dump(asdict(part))
+    return f"parts/{part.number:06d}{part.tag}.json", dump(asdict(part))
 
 
 def read_part(location: Location, entry: dict[str, Any]) -> Part:

@@ -108,17 +108,17 @@ class ShardPlan:
         return start, int(np.searchsorted(self.indptr, high, side="left"))
 
 
-def plan_shards(row_nnz: np.ndarray, *, first_number: int, shard_rows: int, run: str = "") -> list[ShardPlan]:
+def plan_shards(row_nnz: np.ndarray, *, first_number: int, shard_rows: int, tag: str = "") -> list[ShardPlan]:
     """Cut the rows of a part into shards. Pure: depends on the stored values per row only.
 
-    `run` is what the shards' names end in (:func:`streamx.store.manifest.run_tag`).
+    `tag` is what the shards' names end in (:func:`streamx.store.manifest.run_tag`).
     """
     chunk = layout.chunk_values(len(row_nnz), int(row_nnz.sum()))
     plans = []
     for number, first in enumerate(range(0, len(row_nnz), shard_rows), start=first_number):
         indptr = np.concatenate([[0], np.cumsum(row_nnz[first : first + shard_rows], dtype=np.int64)])
         shard = layout.shard_values(chunk, int(indptr[-1]))
-        plans.append(ShardPlan(f"shards/{number:06d}{run}.zarr", first, indptr, chunk, shard))
+        plans.append(ShardPlan(f"shards/{number:06d}{tag}.zarr", first, indptr, chunk, shard))
     return plans
 
 
@@ -242,8 +242,8 @@ def _write(
     rows = Spill(spill(slabs, journal, threads=threads, progress="reading"), len(content.obs))
     number = base.number + 1 if base else 1
     before = sum(part["n_shards"] for part in base.parts) if base else 0
-    run = run_tag(location, content.fingerprint, base)
-    plans = plan_shards(rows.row_nnz, first_number=before, shard_rows=shard_rows, run=run)
+    tag = run_tag(location, content.fingerprint, base)
+    plans = plan_shards(rows.row_nnz, first_number=before, shard_rows=shard_rows, tag=tag)
     writer = _Writer(location, journal, rows, content, preset)
     at_once = max(1, min(threads, memory // max(plan.shard * 24 for plan in plans))) if plans else 1
     tasks = [partial(writer.matrix, plan, k) for plan in plans for k in range(len(plan.cuts))]
@@ -251,16 +251,16 @@ def _write(
     objects: ObjectTable = {}
     for found in run_all(tasks, at_once, "writing"):
         objects |= found
-    objects |= writer.part_obs(f"{number:06d}{run}")
+    objects |= writer.part_obs(f"{number:06d}{tag}")
     shards = tuple(Shard(plan.path, plan.n_obs, plan.nnz) for plan in plans)
     nnz, runs = int(rows.row_nnz.sum()), batch_runs(content)
-    part = Part(number, len(content.obs), nnz, shards, runs, tuple(content.sources), objects, run)
+    part = Part(number, len(content.obs), nnz, shards, runs, tuple(content.sources), objects, tag)
     part_path, part_data = dump_part(part)
     location.write(part_path, part_data)
     entry = {"path": part_path, "bytes": len(part_data), "crc32c": crc32c(part_data)}
     entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards)}
     entry |= {"maximum": rows.maximum, "dtype": str(writer.data_dtype)}
-    generation = _next_generation(location, base, number, entry, content, run)
+    generation = _next_generation(location, base, number, entry, content, tag)
     commit(location, generation, base)
 
 
@@ -281,12 +281,12 @@ def _next_generation(
     number: int,
     part: dict[str, Any],
     content: Content,
-    run: str,
+    tag: str,
 ) -> Generation:
     tables: dict[str, str] = {}
     objects: ObjectTable = {}
     for name, values in content.tables.items():
-        key = f"tables/{number:06d}{run}/{name}.npy"
+        key = f"tables/{number:06d}{tag}/{name}.npy"
         data = npy_pieces(values)
         location.write(key, *data)
         tables[name], objects[key] = key, describe(*data)
@@ -308,7 +308,7 @@ def _next_generation(
         tables=tables,
         view=content.view,
         objects=objects,
-        run=run,
+        tag=tag,
     )
     if base is None:
         return generation

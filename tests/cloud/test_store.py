@@ -491,5 +491,5 @@ def test_generation_says_which_run(bucket: Make) -> None:
     convert(place)
     marker = json.loads(place.read("streamx.json"))
     state = read_generation(place)
-    assert marker["path"] == f"generations/000001{state.run}.json"
-    assert len(state.run) == 13
+    assert marker["path"] == f"generations/000001{state.tag}.json"
+    assert len(state.tag) == 13
