@@ -340,10 +340,8 @@ class BucketConfig:
     region: str | None = option(None, "region of the bucket (S3)")
     anonymous: bool | None = option(None, "send no credentials: public buckets")
     allow_http: bool | None = option(None, "without TLS (default: where the endpoint says http://)")
-    timeout: float = option(60.0, "seconds that one request may go without an answer or another byte")
-    retry_seconds: float = option(
-        120.0, "seconds for which a request that fails is repeated, ever more slowly"
-    )
+    timeout: float = option(60.0, "seconds without an answer or another byte (of an upload: five times that)")
+    retry_seconds: float = option(120.0, "seconds for which a failing request is repeated, ever more slowly")
     concurrency: int = option(16, "requests of one read that are under way at once")
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)  # obstore's own, such as keys
 

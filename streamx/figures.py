@@ -17,7 +17,7 @@ from streamx.labels import encode_labels
 from streamx.mapping import LATENT, Cells, batches_of, read_queries, read_reference
 from streamx.plots import confusion, embedding, history, meta, meta2, umap
 from streamx.plots.style import palette
-from streamx.store.location import follow, open_location
+from streamx.store.location import follow, local_folder, open_location
 
 BATCH, ORIGIN, REFERENCE = "batch", "origin", "reference"
 
@@ -65,7 +65,7 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
     config: PlotConfig = build(PlotConfig, settings)
     reference = read_reference(model)
     queries = [] if mapped is None else read_queries(mapped, reference)
-    folder = Path(output)
+    folder = local_folder(output)
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
 

@@ -1,6 +1,6 @@
 """In a bucket: what the plan of a read will ask for, many requests at once instead of one after the other.
 
-Afterwards it lies in the caches of the matrices, where the plan finds it. In a folder nothing is gained by it.
+Afterwards it lies in the caches of the matrices, where the plan finds it. In a folder there is no need.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from streamx.store.draft import Draft, draft_frame
 from streamx.store.frame import column_names, obs_schema, read_column
 from streamx.store.journal import Journal
 from streamx.store.latents import latent_names
-from streamx.store.location import Location, describe, open_location
+from streamx.store.location import Location, describe, local_folder, open_location
 from streamx.store.manifest import MARKER, commit, read_generation, run_tag
 
 log = logging.getLogger("streamx")
@@ -37,7 +37,7 @@ def read_table(table: str | Path | pd.DataFrame) -> pd.DataFrame:
     if isinstance(table, pd.DataFrame):
         frame, where = table, "table"
     else:
-        where = str(table)
+        where = str(local_folder(table))
         separator = "," if ".csv" in Path(table).suffixes else "\t"
         try:
             frame = _read_text(table, separator)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +23,15 @@ import numpy as np
 
 from streamx.config import BucketConfig, build
 from streamx.errors import IntegrityError, LockedError, StorageError, StreamxError, UsageError
+from streamx.store.answers import (
+    CREDENTIALS,
+    NO_BUCKET,
+    NO_OBJECT,
+    ShortAnswer,
+    final_error,
+    reason,
+    status_of,
+)
 from streamx.store.location import RESTORE, SCHEMES, Bytes, ObjectTable, Range, check_key
 from streamx.threads import pause, run_all
 
@@ -34,18 +42,11 @@ T = TypeVar("T")
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 CONNECT_SECONDS = 5.0
+UPLOADS = 5  # times the time-out: the answer comes after the last byte was sent
 SHORT_ANSWERS = 3  # in a row: then the object itself is short
 MERGE_GAP = 1 << 14  # bytes that cost less than another request
 LARGEST = 1 << 24  # bytes up to which ranges become one request
-# What a 404 means: to who reads an object, and to who needs no more than the bucket.
-NO_OBJECT = (IntegrityError, "object is missing", RESTORE)
-NO_BUCKET = (StorageError, "there is no such bucket", "make it, or check the URL")
 ENDPOINTS = {"s3": "endpoint", "gs": "base_url", "az": "endpoint"}
-CREDENTIALS = {
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
-    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or GOOGLE_SKIP_SIGNATURE=true for a public bucket",
-    "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-}
 
 
 def cache_folder() -> Path:
@@ -111,7 +112,7 @@ class Bucket:
 
     def __getstate__(self) -> dict[str, Any]:
         """What another process needs; connections stay here."""
-        return {name: value for name, value in vars(self).items() if name != "_client"}
+        return {name: value for name, value in vars(self).items() if name not in ("_client", "_uploads")}
 
     @property
     def root(self) -> str:
@@ -119,10 +120,8 @@ class Bucket:
 
     @property
     def journal(self) -> Path:
-        if not self.prefix:
-            raise UsageError("can't hold a collection", where=self.root, fix="name a prefix in the bucket")
-        digest = hashlib.blake2b(f"{self.root} {self.config.endpoint}".encode(), digest_size=6).hexdigest()
-        return cache_folder() / f"{self.prefix.rpartition('/')[2]}-{digest}.journal"
+        digest = hashlib.blake2b(f"{self.root} {self._endpoint}".encode(), digest_size=6).hexdigest()
+        return cache_folder() / f"{self.root.rpartition('/')[2]}-{digest}.journal"
 
     def at(self, url: str) -> Bucket:
         """Another place, reached in the same way."""
@@ -165,7 +164,7 @@ class Bucket:
             answer = obstore.get(self._client, key)
             data, meta = answer.bytes(), answer.meta
             if len(data) != meta["size"]:
-                raise _ShortAnswer
+                raise ShortAnswer
             return bytes(data), {name: meta[name] for name in ("e_tag", "version") if meta[name] is not None}
 
         return self._try(key, get, NO_OBJECT)
@@ -186,7 +185,7 @@ class Bucket:
                 self._client, request.key, start=request.start, length=request.stop - request.start
             )
             if len(data) != request.stop - request.start:
-                raise _ShortAnswer
+                raise ShortAnswer
             return np.frombuffer(memoryview(data), np.uint8)
 
         if request.stop > request.start:
@@ -201,7 +200,7 @@ class Bucket:
         import obstore
 
         whole = data[0] if len(data) == 1 else b"".join(data)
-        self._try(key, lambda: obstore.put(self._client, key, whole, use_multipart=False), NO_BUCKET)
+        self._try(key, lambda: obstore.put(self._uploads, key, whole, use_multipart=False), NO_BUCKET)
 
     def write_all(self, objects: Mapping[str, bytes]) -> None:
         tasks = [partial(self.write, key, data) for key, data in objects.items()]
@@ -217,7 +216,7 @@ class Bucket:
             return
         if now == before:
             mode: Any = "create" if version is None else version
-            put = partial(obstore.put, self._client, key, data, mode=mode, use_multipart=False)
+            put = partial(obstore.put, self._uploads, key, data, mode=mode, use_multipart=False)
             try:
                 self._try(key, put, NO_BUCKET)
                 return
@@ -267,8 +266,20 @@ class Bucket:
 
         return strict_store(self, prefix, expected or {})
 
+    @property
+    def _endpoint(self) -> str:
+        return self.config.endpoint or os.environ.get("AWS_ENDPOINT_URL", "")
+
     @cached_property
     def _client(self) -> Any:
+        return self._connected(timedelta(seconds=self.config.timeout))
+
+    @cached_property
+    def _uploads(self) -> Any:
+        """A client that does not take a long body for a server that is silent."""
+        return self._connected(timedelta(seconds=UPLOADS * self.config.timeout))
+
+    def _connected(self, silence: timedelta) -> Any:
         from obstore.store import AzureStore, GCSStore, S3Store
 
         scheme, name = self.bucket.split("://")
@@ -280,11 +291,10 @@ class Bucket:
             settings["region"] = config.region
         if config.anonymous is not None:
             settings["skip_signature"] = config.anonymous
-        endpoint = config.endpoint or os.environ.get("AWS_ENDPOINT_URL", "")
-        plain = endpoint.startswith("http://") if config.allow_http is None else config.allow_http
+        plain = self._endpoint.startswith("http://") if config.allow_http is None else config.allow_http
         client = {
-            "timeout": timedelta(seconds=max(config.timeout, config.retry_seconds)),
-            "read_timeout": timedelta(seconds=config.timeout),
+            "timeout": max(silence, timedelta(seconds=config.retry_seconds)),
+            "read_timeout": silence,
             "connect_timeout": timedelta(seconds=min(config.timeout, CONNECT_SECONDS)),
             **({"allow_http": True} if plain else {}),
         }
@@ -316,35 +326,31 @@ class Bucket:
         while True:
             try:
                 return request()
-            except _ShortAnswer as error:
+            except ShortAnswer as error:
                 short += 1
                 if short == SHORT_ANSWERS:
                     raise IntegrityError("object is cut short", where=where, fix=RESTORE) from None
                 failure: Exception = error
             except (BaseError, OSError, ValueError) as error:
-                if isinstance(error, FileNotFoundError) or _status(error) == 404:
+                if isinstance(error, FileNotFoundError) or status_of(error) == 404:
                     if absent is None:
                         raise FileNotFoundError from None
                     kind, what, fix = absent
                     raise kind(what, where=where, fix=fix) from None
-                final = _final(error, where, CREDENTIALS[self.bucket[:2]])
+                final = final_error(error, where, CREDENTIALS[self.bucket[:2]])
                 if final is not None:
                     raise final from None
                 failure = error
             wait = longest * random.uniform(0.5, 1)
             if time.monotonic() + wait > deadline:
                 raise StorageError(
-                    f"no answer within {self.config.retry_seconds:g} s ({_reason(failure)})",
+                    f"no answer within {self.config.retry_seconds:g} s ({reason(failure)})",
                     where=where,
                     fix="run the same command again when the service answers",
                 ) from None
             if pause(wait):
                 raise StorageError("stopped", where=where) from None
             longest = min(2 * longest, LONGEST_PAUSE)
-
-
-class _ShortAnswer(Exception):
-    """Fewer bytes than were asked for."""
 
 
 @dataclass(frozen=True)
@@ -372,40 +378,3 @@ def merge(ranges: Sequence[Range], gap: int = MERGE_GAP, largest: int = LARGEST)
         else:
             requests.append(Request(key, start, start + size, ((start, size, at),)))
     return requests
-
-
-def _final(error: Exception, where: str, credentials: str) -> Exception | None:
-    """What the error is if trying again is no use; None if it may be."""
-    from obstore import exceptions
-
-    if isinstance(error, (exceptions.AlreadyExistsError, exceptions.PreconditionError)):
-        return error
-    text, status = str(error), _status(error)
-    denied = isinstance(error, (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError))
-    if denied or status in (401, 403):
-        return StorageError(f"access is denied ({_reason(error)})", where=where, fix=credentials)
-    if "/latest/api/token" in text or "metadata.google.internal" in text or "/identity/oauth2" in text:
-        return StorageError("there are no credentials", where=where, fix=credentials)
-    if status == 416:
-        return IntegrityError("object is cut short", where=where, fix=RESTORE)
-    passing = status is None or status >= 500 or status in (408, 409, 429) or "<Code>RequestTimeout<" in text
-    if passing and isinstance(error, exceptions.GenericError):
-        return None
-    return StorageError(
-        f"the request failed ({_reason(error)})", where=where, fix="check the URL and settings"
-    )
-
-
-def _status(error: Exception) -> int | None:
-    found = re.search(r"status code: (\d{3})", str(error))
-    return int(found.group(1)) if found else None
-
-
-def _reason(error: Exception) -> str:
-    """A few words of an error, none of which can be an address, a header or a key."""
-    text = str(error)
-    status, code = re.search(r"status code: (\d{3}[ \w]*)", text), re.search(r"<Code>(\w+)</Code>", text)
-    if status:
-        return status.group(1).strip() + (f", {code.group(1)}" if code else "")
-    known = ("timed out", "connection closed", "Connection reset", "Connection refused", "end of file")
-    return next((words for words in known if words.lower() in text.lower()), type(error).__name__)

@@ -185,6 +185,19 @@ def is_url(place: Any) -> bool:
     return isinstance(place, str) and "://" in place
 
 
+def local_folder(place: Any) -> Path:
+    """The folder that a path names.
+
+    Raises
+    ------
+    UsageError
+        If it is a URL.
+    """
+    if is_url(place):
+        raise UsageError("only a folder will do here", where=str(place), fix="write locally, then copy it")
+    return Path(place)
+
+
 def relative(place: Location, start: Location) -> str:
     """Where a place lies as seen from another: relative on one disk and in one bucket, else in full."""
     from streamx.store.bucket import Bucket
