@@ -111,7 +111,7 @@ def read_cells(location: Location, name: str) -> Cells:
     return Cells(name, location, group, np.asarray(group[f"obsm/{key}"][:]))  # type: ignore[index]
 
 
-def read_reference(model: str | Path) -> Cells:
+def read_reference(model: str | Path | Location) -> Cells:
     """The reference cells of a finished model."""
     location = open_location(model)
     there = [location.exists(key) for key in ("model.json", f"{REFERENCE}/zarr.json")]
@@ -128,7 +128,7 @@ def read_reference(model: str | Path) -> Cells:
     return read_cells(location.below(REFERENCE), "reference")
 
 
-def read_queries(output: str | Path, reference: Cells | None = None) -> list[Cells]:
+def read_queries(output: str | Path | Location, reference: Cells | None = None) -> list[Cells]:
     """The mapped queries of an output folder, by name; those of another model are refused."""
     location = open_location(output)
     names = latent_names(location)
@@ -162,8 +162,8 @@ def read_queries(output: str | Path, reference: Cells | None = None) -> list[Cel
 
 
 def transfer(
-    model: str | Path,
-    output: str | Path,
+    model: str | Path | Location,
+    output: str | Path | Location,
     config: TransferConfig | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -268,8 +268,8 @@ def _write(query: Cells, key: str, found: Transfer) -> None:
 
 
 def metrics(
-    model: str | Path,
-    output: str | Path | None = None,
+    model: str | Path | Location,
+    output: str | Path | Location | None = None,
     config: MetricsConfig | None = None,
     **settings: Any,
 ) -> dict[str, Any]:

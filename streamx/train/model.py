@@ -160,7 +160,7 @@ def load_model(path: str | Path | Location) -> Model:
     location = open_location(path)
     card = read_card(location)
     if card is None:
-        if any(location.exists(f"{sub}config.pt") for sub in ("", "checkpoint/")):
+        if not location.shared and any(location.exists(f"{sub}config.pt") for sub in ("", "checkpoint/")):
             return _from_scalex(Path(location.root))
         if location.journal.exists():
             raise IncompleteError(
