@@ -25,7 +25,7 @@ from streamx.metrics import agreement, score_latent
 from streamx.store.amend import amend
 from streamx.store.frame import column_names, read_column
 from streamx.store.latents import latent_names
-from streamx.store.location import Location, follow, open_location
+from streamx.store.location import Location, follow, is_there, open_location
 from streamx.transfer import UNKNOWN, Transfer, gather, vote
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def read_reference(model: str | Path | Location) -> Cells:
     location = open_location(model)
     there = [location.exists(key) for key in ("model.json", f"{REFERENCE}/zarr.json")]
     if not any(there) and not location.journal.exists():
-        if not location.list():
+        if not is_there(location):
             raise UsageError("no such model", where=str(location), fix="streamx train VIEW -o MODEL")
         raise BadFileError("is no model", where=str(location), fix="name the folder that `train -o` wrote")
     if not all(there):
@@ -133,7 +133,7 @@ def read_queries(output: str | Path | Location, reference: Cells | None = None) 
     location = open_location(output)
     names = latent_names(location)
     if not names:
-        if not location.shared and not Path(location.root).is_dir():
+        if not is_there(location):
             raise UsageError(
                 "no such folder", where=str(location), fix="streamx project MODEL QUERY... -o OUT"
             )

@@ -185,6 +185,11 @@ def is_url(place: Any) -> bool:
     return isinstance(place, str) and "://" in place
 
 
+def is_there(place: Location) -> bool:
+    """Whether there is such a folder, or anything under such a prefix."""
+    return bool(place.list()) if place.shared else Path(place.root).is_dir()
+
+
 def local_folder(place: Any) -> Path:
     """The folder that a path names.
 

@@ -17,11 +17,10 @@ import json
 import re
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from streamx.errors import BadFileError, IncompleteError, IntegrityError, StorageError
-from streamx.store.location import RESTORE, Location, ObjectTable, crc32c, describe
+from streamx.store.location import RESTORE, Location, ObjectTable, crc32c, describe, is_there
 
 FORMAT = 1
 MARKER = "streamx.json"
@@ -136,7 +135,7 @@ def run_tag(location: Location, fingerprint: dict[str, Any], base: Generation | 
 
 def is_unfinished(key: str) -> bool:
     """Whether an object that is in no manifest may belong to a run that is under way elsewhere."""
-    return re.match(rf"({'|'.join(FOLDERS)})/\d{{6}}-[0-9a-f]{{12}}[./]", key) is not None
+    return re.match(rf"({'|'.join(FOLDERS)})/\d{{6,}}-[0-9a-f]{{12}}[./]", key) is not None
 
 
 def commit(location: Location, generation: Generation, base: Generation | None) -> None:
@@ -242,8 +241,7 @@ def read_generation(location: Location) -> Generation:
                 where=str(location),
                 fix="resume: run the command that wrote it once more",
             )
-        nowhere = isinstance(location.root, Path) and not location.root.exists()
-        what = "does not exist" if nowhere else "is no streamx store"
+        what = "is no streamx store" if is_there(location) else "does not exist"
         raise BadFileError(what, where=str(location), fix="make one with `streamx convert FILES... -o STORE`")
     marked = location.read(MARKER)
     try:

@@ -75,7 +75,8 @@ class Matrix:
         """A chunk of indptr by its number; all of it as number 0 where zarr has to read it."""
         if self._indptr is None:
             return lru_cache(1)(partial(_whole_offsets, self.location, self.path, self.expected))
-        return lru_cache(OFFSETS)(partial(_offsets_of, self._indptr))
+        # in a bucket all are kept, 8 bytes per row: reading them again would be requests in every fetch
+        return lru_cache(None if self.location.shared else OFFSETS)(partial(_offsets_of, self._indptr))
 
     def open(self) -> None:
         """Read what says where the chunks lie, but for the indexes of indices and data."""
