@@ -187,7 +187,7 @@ def is_url(place: Any) -> bool:
 
 def is_there(place: Location) -> bool:
     """Whether there is such a folder, or anything under such a prefix."""
-    return bool(place.list()) if place.shared else Path(place.root).is_dir()
+    return bool(place.list()) if place.shared else Path(place.root).exists()
 
 
 def local_folder(place: Any) -> Path:
