@@ -30,7 +30,7 @@ from streamx.preprocess.view import (
     write_view,
 )
 from streamx.store.collection import Collection, open_collection
-from streamx.store.location import crc32c, open_location
+from streamx.store.location import Location, crc32c, open_location
 from streamx.store.pack import Content
 from streamx.store.spill import Slab
 from streamx.threads import thread_count
@@ -40,7 +40,7 @@ log = logging.getLogger("streamx")
 __all__ = ["preprocess", "update_view"]
 
 
-def preprocess(store: Collection | str | Path, output: str | Path, **settings: Any) -> Collection:
+def preprocess(store: Collection | str | Path, output: str | Path | Location, **settings: Any) -> Collection:
     """Filter cells and genes, find variable genes, and write the view that models train on.
 
     Two passes over the rows gather statistics that fit in memory, a third copies the rows and genes that
@@ -50,9 +50,9 @@ def preprocess(store: Collection | str | Path, output: str | Path, **settings: A
     Parameters
     ----------
     store
-        A store, or its path.
+        A store, or its path or URL.
     output
-        Folder of the view.
+        Folder of the view, or ``s3://bucket/prefix``.
     **settings
         Fields of :class:`streamx.config.PreprocessConfig`. `genes` may also be a list of names.
 
@@ -94,7 +94,7 @@ def preprocess(store: Collection | str | Path, output: str | Path, **settings: A
     return write_view(
         location,
         fingerprint,
-        partial(_plan, store, location.root, config, recipe, genes, parameters, fingerprint),
+        partial(_plan, store, location, config, recipe, genes, parameters, fingerprint),
         memory=parse_bytes(config.memory),
         threads=thread_count(config.threads),
     )
@@ -102,7 +102,7 @@ def preprocess(store: Collection | str | Path, output: str | Path, **settings: A
 
 def _plan(
     store: Collection,
-    root: Path,
+    location: Location,
     config: PreprocessConfig,
     recipe: Recipe,
     genes: list[str] | None,
@@ -140,7 +140,7 @@ def _plan(
     tables = statistics_to_keep(selection, recipe, layout.from_store)
     if selection.scale_bg is not None:
         tables["scale_bg"] = selection.scale_bg[_rows_of(layout.from_store, len(layout.batches))]
-    view = describe_view(store, root, recipe, parameters)
+    view = describe_view(store, location, recipe, parameters)
     content = Content(
         kind="view",
         obs=view_obs(store, layout, selection.total_n),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,15 @@ import numpy as np
 import pandas as pd
 
 from streamx.store.draft import Draft, draft_frame, draft_mapping
-from streamx.store.location import Location
+from streamx.store.location import Location, open_location
 
 
 def write_latents(
-    path: Path, obs: pd.DataFrame, obsm: Mapping[str, np.ndarray], uns: Mapping[str, Any]
+    place: Path | Location, obs: pd.DataFrame, obsm: Mapping[str, np.ndarray], uns: Mapping[str, Any]
 ) -> None:
     """Write an AnnData-Zarr v3 of obs, obsm and uns, with no genes; ``anndata.read_zarr`` opens it.
 
-    It is written beside its place under a hidden name and renamed when it is complete, replacing what was
-    there.
+    It is put in place when it is complete, replacing what was there.
     """
     draft = Draft()
     mapping = {"encoding-type": "dict", "encoding-version": "0.1.0"}
@@ -33,11 +30,15 @@ def write_latents(
     draft_frame(draft, "var", pd.DataFrame(index=pd.Index([], dtype=object)))
     for name, values in obsm.items():
         draft.array(f"obsm/{name}", values)
-    partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    location = Location(partial)
-    for key, data in draft.consolidated().items():
-        location.write(key, data)
-    if path.exists():
-        shutil.rmtree(path)
-    os.replace(partial, path)
+    open_location(place).put_tree(draft.consolidated())
+
+
+def latent_names(location: Location) -> list[str]:
+    """Names of the AnnData-Zarrs at a location, sorted."""
+    if location.shared:
+        found = {key.removesuffix("/zarr.json") for key in location.list() if key.endswith("/zarr.json")}
+    else:
+        found = {path.name for path in Path(location.root).glob("*.zarr")}
+    return sorted(
+        name for name in found if name.endswith(".zarr") and "/" not in name and not name.startswith(".")
+    )

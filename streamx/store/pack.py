@@ -8,9 +8,11 @@ slabs, threads or memory.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,8 +34,9 @@ from streamx.store.manifest import (
     commit,
     dump,
     dump_part,
+    is_unfinished,
     read_generation,
-    sweep,
+    run_tag,
 )
 from streamx.store.spill import Slab, Spill, npy_pieces, spill
 from streamx.threads import run_all, thread_count
@@ -105,19 +108,22 @@ class ShardPlan:
         return start, int(np.searchsorted(self.indptr, high, side="left"))
 
 
-def plan_shards(row_nnz: np.ndarray, *, first_number: int, shard_rows: int) -> list[ShardPlan]:
-    """Cut the rows of a part into shards. Pure: depends on the stored values per row only."""
+def plan_shards(row_nnz: np.ndarray, *, first_number: int, shard_rows: int, tag: str = "") -> list[ShardPlan]:
+    """Cut the rows of a part into shards. Pure: depends on the stored values per row only.
+
+    `tag` is what the shards' names end in (:func:`streamx.store.manifest.run_tag`).
+    """
     chunk = layout.chunk_values(len(row_nnz), int(row_nnz.sum()))
     plans = []
     for number, first in enumerate(range(0, len(row_nnz), shard_rows), start=first_number):
         indptr = np.concatenate([[0], np.cumsum(row_nnz[first : first + shard_rows], dtype=np.int64)])
         shard = layout.shard_values(chunk, int(indptr[-1]))
-        plans.append(ShardPlan(f"shards/{number:06d}.zarr", first, indptr, chunk, shard))
+        plans.append(ShardPlan(f"shards/{number:06d}{tag}.zarr", first, indptr, chunk, shard))
     return plans
 
 
 def write_part(
-    path: str | Location,
+    path: str | Path | Location,
     slabs: Sequence[Slab],
     content: Content,
     *,
@@ -162,7 +168,7 @@ def write_part(
     if finished is not None:
         return finished
     base = read_generation(location) if append else None
-    staged = type(location)(location.root, tmp=journal.tmp)
+    staged = location.staged(journal.tmp)
     limit, n = parse_bytes(memory), thread_count(threads)
     _write(staged, journal, base, slabs, content, preset, shard_rows, limit, n)
     journal.remove()
@@ -188,7 +194,8 @@ def start(journal: Journal, fingerprint: dict[str, Any], *, append: bool) -> Col
     if finished is not None:
         journal.forget_finished()
         return finished
-    occupied = journal.store.root.is_file() or journal.store.list()
+    store = journal.store
+    occupied = os.path.isfile(store.root) or any(not is_unfinished(key) for key in store.list())
     if not append and journal.fingerprint is None and occupied:
         raise UsageError(
             "holds other files, and no store",
@@ -235,7 +242,8 @@ def _write(
     rows = Spill(spill(slabs, journal, threads=threads, progress="reading"), len(content.obs))
     number = base.number + 1 if base else 1
     before = sum(part["n_shards"] for part in base.parts) if base else 0
-    plans = plan_shards(rows.row_nnz, first_number=before, shard_rows=shard_rows)
+    tag = run_tag(location, content.fingerprint, base)
+    plans = plan_shards(rows.row_nnz, first_number=before, shard_rows=shard_rows, tag=tag)
     writer = _Writer(location, journal, rows, content, preset)
     at_once = max(1, min(threads, memory // max(plan.shard * 24 for plan in plans))) if plans else 1
     tasks = [partial(writer.matrix, plan, k) for plan in plans for k in range(len(plan.cuts))]
@@ -243,17 +251,16 @@ def _write(
     objects: ObjectTable = {}
     for found in run_all(tasks, at_once, "writing"):
         objects |= found
-    objects |= writer.part_obs(number)
+    objects |= writer.part_obs(f"{number:06d}{tag}")
     shards = tuple(Shard(plan.path, plan.n_obs, plan.nnz) for plan in plans)
     nnz, runs = int(rows.row_nnz.sum()), batch_runs(content)
-    part = Part(number, len(content.obs), nnz, shards, runs, tuple(content.sources), objects)
+    part = Part(number, len(content.obs), nnz, shards, runs, tuple(content.sources), objects, tag)
     part_path, part_data = dump_part(part)
     location.write(part_path, part_data)
     entry = {"path": part_path, "bytes": len(part_data), "crc32c": crc32c(part_data)}
     entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards)}
     entry |= {"maximum": rows.maximum, "dtype": str(writer.data_dtype)}
-    generation = _next_generation(location, base, number, entry, content)
-    sweep(location, base, generation)
+    generation = _next_generation(location, base, number, entry, content, tag)
     commit(location, generation, base)
 
 
@@ -269,12 +276,17 @@ def batch_runs(content: Content) -> tuple[tuple[str | None, int], ...]:
 
 
 def _next_generation(
-    location: Location, base: Generation | None, number: int, part: dict[str, Any], content: Content
+    location: Location,
+    base: Generation | None,
+    number: int,
+    part: dict[str, Any],
+    content: Content,
+    tag: str,
 ) -> Generation:
     tables: dict[str, str] = {}
     objects: ObjectTable = {}
     for name, values in content.tables.items():
-        key = f"tables/{number:06d}/{name}.npy"
+        key = f"tables/{number:06d}{tag}/{name}.npy"
         data = npy_pieces(values)
         location.write(key, *data)
         tables[name], objects[key] = key, describe(*data)
@@ -296,6 +308,7 @@ def _next_generation(
         tables=tables,
         view=content.view,
         objects=objects,
+        tag=tag,
     )
     if base is None:
         return generation
@@ -373,7 +386,7 @@ class _Writer:
 
         return self._step(f"{plan.path[7:-5]}-frame", plan.path, encode)
 
-    def part_obs(self, number: int) -> ObjectTable:
+    def part_obs(self, name: str) -> ObjectTable:
         """obs of the whole part in large column chunks."""
 
         def encode() -> dict[str, bytes]:
@@ -381,7 +394,7 @@ class _Writer:
             draft_frame(draft, "", self.content.obs)
             return draft.take()
 
-        return self._step(f"obs-{number:06d}", f"obs/{number:06d}.zarr", encode)
+        return self._step(f"obs-{name}", f"obs/{name}.zarr", encode)
 
     @property
     def data_dtype(self) -> np.dtype:
@@ -404,10 +417,9 @@ class _Writer:
         done = self.journal.find(name)
         if done and all(self._unharmed(key, expected) for key, expected in done.items()):
             return done
-        table: ObjectTable = {}
-        for key, data in encode().items():
-            self.location.write(f"{prefix}/{key}", data)
-            table[f"{prefix}/{key}"] = describe(data)
+        objects = {f"{prefix}/{key}": data for key, data in encode().items()}
+        self.location.write_all(objects)
+        table: ObjectTable = {key: describe(data) for key, data in objects.items()}
         self.journal.record(name, table)
         return table
 

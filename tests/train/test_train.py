@@ -136,18 +136,18 @@ def test_killed_at_a_write_it_resumes_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     at: int,
 ) -> None:
-    from streamx.store.location import Location
+    from streamx.store.folder import Folder
 
-    write, operations = Location.write, 0
+    write, operations = Folder.write, 0
 
-    def mortal(self: Location, key: str, data: Any) -> None:
+    def mortal(self: Folder, key: str, data: Any) -> None:
         nonlocal operations
         operations += 1
         if operations == at:
             raise Killed
         write(self, key, data)
 
-    monkeypatch.setattr(Location, "write", mortal)
+    monkeypatch.setattr(Folder, "write", mortal)
     try:
         train(view, tmp_path / "model", **SMALL)
     except Killed:
