@@ -44,6 +44,7 @@ class Journal:
         self.location = type(store)(journal_path(store.root))
         self.tmp = self.location.root / "tmp"
         self.ingest = self.location.root / "ingest"
+        self.rows = self.location.root / "rows"  # arrays over cells; every run makes them anew
         self._begun = False
         self._lock: int | None = _lock(self.location.root)
         if fingerprint is not None:

@@ -1,0 +1,25 @@
+"""Arrays with one entry per cell, in files: the kernel keeps of them what memory allows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+PIECE_ROWS = 1 << 17  # rows that are worked on at a time
+
+
+def new_array(path: Path, n: int, dtype: Any) -> np.ndarray:
+    """A flat array of zeros in a file, which replaces what was there."""
+    if n == 0:
+        return np.zeros(0, dtype=dtype)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return np.memmap(path, dtype=dtype, mode="w+", shape=(n,))
+
+
+def pieces(n: int, rows: int = 0) -> Iterator[tuple[int, int]]:
+    """(start, stop) of consecutive pieces."""
+    rows = rows or PIECE_ROWS
+    return ((low, min(low + rows, n)) for low in range(0, n, rows))
