@@ -18,6 +18,7 @@ from streamx.errors import UsageError
 from streamx.simulate.atlas import Atlas, make_atlas
 from streamx.store import genes
 from streamx.store.collection import Collection
+from streamx.store.location import open_location
 from streamx.store.manifest import FORMAT
 from streamx.store.obs import Obs, Piece, as_obs
 from streamx.store.pack import Content, write_part
