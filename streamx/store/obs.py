@@ -88,3 +88,19 @@ def plain(column: pd.Series) -> Piece:
     raise InputError(
         f"dtype {dtype} can't be stored", where=f"column {column.name}", fix="convert it to text or numbers"
     )
+
+
+def to_pandas(piece: Piece, schema: Mapping[str, Any]) -> pd.Series:
+    """Values and what is missing, as a pandas column."""
+    values, missing = piece
+    if isinstance(values, Text):
+        text = values.strings()
+        if missing is not None:
+            text[missing] = None
+        return pd.Series(text, dtype=object)
+    if schema["dtype"] == "category":
+        return pd.Series(pd.Categorical.from_codes(values, pd.Index(schema["categories"], dtype=object)))
+    if missing is None:
+        return pd.Series(values)
+    array = pd.arrays.BooleanArray if values.dtype.kind == "b" else pd.arrays.IntegerArray
+    return pd.Series(array(values, missing))

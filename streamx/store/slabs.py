@@ -40,9 +40,19 @@ def blame(source: Source) -> Iterator[None]:
 
 
 def modalities(
-    sources: list[Source], wanted: Sequence[str], batches: list[np.ndarray], base: Collection | None
+    sources: list[Source],
+    wanted: Sequence[str],
+    code_n: np.ndarray,
+    batches: Sequence[str],
+    base: Collection | None,
 ) -> dict[str, tuple[list[str], dict[str, list[bool]]]]:
-    """Features of each dense matrix to carry, and per batch which were measured (not zero throughout)."""
+    """Features of each dense matrix to carry, and per batch which were measured (not zero throughout).
+
+    Parameters
+    ----------
+    code_n, batches
+        Batch of each cell of all sources, one after the other, as a position in `batches`.
+    """
     found: dict[str, tuple[list[str], dict[str, list[bool]]]] = {}
     for name in wanted:
         offered = [source.obsm[name] for source in sources if name in source.obsm]
@@ -51,12 +61,15 @@ def modalities(
             continue
         names = known or list(dict.fromkeys(feature for features in offered for feature in features))
         sums: dict[str, np.ndarray] = {}
-        for source, batch_n in zip(sources, batches, strict=True):
+        first = 0
+        for source in sources:
             for low, dense in _dense_rows(source, name, names):
-                rows = batch_n[low : low + len(dense)]
-                for batch in np.unique(rows.astype(str)):
-                    total = np.abs(dense[rows.astype(str) == batch]).sum(axis=0)
+                mine = code_n[first + low : first + low + len(dense)]
+                for code in np.unique(mine).tolist():
+                    total = np.abs(dense[mine == code]).sum(axis=0)
+                    batch = batches[code]
                     sums[batch] = sums.get(batch, np.zeros(len(names))) + total
+            first += source.n_obs
         found[name] = (names, {batch: (total > 0).tolist() for batch, total in sorted(sums.items())})
     return found
 
