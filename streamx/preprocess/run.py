@@ -108,6 +108,7 @@ def _plan(
     genes: list[str] | None,
     parameters: dict[str, Any],
     fingerprint: dict[str, Any],
+    folder: Path,
 ) -> tuple[Content, list[Slab]]:
     """The statistics, all decisions, and the reading that is left to do."""
     if config.obsm is not None and config.obsm not in store.modalities:
@@ -121,29 +122,37 @@ def _plan(
     memory, threads = parse_bytes(config.memory), thread_count(config.threads)
     rows = rows_of(store, config.obsm)
     names = list(store.var_names) if config.obsm is None else list(store.modalities[config.obsm]["names"])
-    cells = chosen_cells(store, config.batches, config.where)
+    cells = chosen_cells(store, config.batches, config.where, folder=folder)
     nnz = store.nnz / max(1, store.n_obs) if config.obsm is None else rows.n_vars
+    resources = plan_resources(
+        nnz,
+        rows.n_vars,
+        len(cells.batches),
+        memory=memory,
+        threads=threads,
+        progress=True,
+        scratch=folder,
+    )
     selection = select_features(
         rows,
         names,
         cells,
         recipe,
-        resources=plan_resources(
-            nnz, rows.n_vars, len(cells.batches), memory=memory, threads=threads, progress=True
-        ),
+        resources=resources,
         measured_bg=store.measured_bg if config.obsm is None else None,
         allow_unmeasured=config.allow_unmeasured,
         listed=genes,
         as_it_is=config.processed or config.obsm is not None,
     )
-    layout = lay_out(selection.kept_n, cells.code_n, cells.batches, shuffled=len(store.manifest.parts) == 1)
+    one_part = len(store.manifest.parts) == 1
+    layout = lay_out(selection.kept_n, cells.code_n, cells.batches, folder=folder, shuffled=one_part)
     tables = statistics_to_keep(selection, recipe, layout.from_store)
     if selection.scale_bg is not None:
         tables["scale_bg"] = selection.scale_bg[_rows_of(layout.from_store, len(layout.batches))]
     view = describe_view(store, root, recipe, parameters)
     content = Content(
         kind="view",
-        obs=view_obs(store, layout, selection.total_n),
+        obs=view_obs(store, layout, selection.total_n, folder),
         var=view_var(store, selection, config.obsm),
         batch_key=store.batch_key,
         fingerprint=fingerprint,

@@ -271,14 +271,15 @@ def caster(schema: Mapping[str, Any]) -> Callable[[pd.Series | None, int], Piece
         return codes
     if dtype == "string":
 
-        def text(column: pd.Series | None, n: int) -> Piece:
+        def texts(column: pd.Series | None, n: int) -> Piece:
             if column is None:
                 return text_of([""] * n), np.ones(n, bool)
             values = as_text(column)
             missing = values.isna().to_numpy()
-            return text_of(values.where(~missing, "").to_numpy()), missing
+            text = text_of(values.where(~missing, "").to_numpy())
+            return text, missing if missing.any() else None
 
-        return text
+        return texts
     if dtype == "float64":
         return lambda column, n: (
             np.full(n, np.nan) if column is None or _kind(column) == "none" else _as_float(column),

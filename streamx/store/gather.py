@@ -32,12 +32,19 @@ class ColumnFile:
         self.path = path
         self._dtypes: dict[str, Any] = {}
         self._text: int | None = None
+        self._rows = 0
         path.parent.mkdir(parents=True, exist_ok=True)
         for part in ("values", "missing", "ends"):
             self._part(part).unlink(missing_ok=True)
 
     def append(self, piece: Piece) -> None:
         values, missing = piece
+        n = len(values)
+        if missing is not None and "missing" not in self._dtypes:
+            self._write("missing", np.zeros(self._rows, bool))
+        if "missing" in self._dtypes:
+            self._write("missing", np.zeros(n, bool) if missing is None else missing)
+        self._rows += n
         if isinstance(values, Text):
             first, last = int(values.ends[0]), int(values.ends[-1])
             if self._text is None:
@@ -47,8 +54,6 @@ class ColumnFile:
             self._text += last - first
             values = values.data[first:last]
         self._write("values", values)
-        if missing is not None:
-            self._write("missing", missing)
 
     def column(self) -> Column:
         values: np.ndarray | Text = self._map("values")

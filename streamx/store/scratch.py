@@ -11,10 +11,10 @@ import numpy as np
 PIECE_ROWS = 1 << 17  # rows that are worked on at a time
 
 
-def new_array(path: Path, n: int, dtype: Any) -> np.ndarray:
-    """A flat array of zeros in a file, which replaces what was there."""
-    if n == 0:
-        return np.zeros(0, dtype=dtype)
+def new_array(path: Path | None, n: int, dtype: Any) -> np.ndarray:
+    """A flat array of zeros in a file, which replaces what was there; without a path, in memory."""
+    if n == 0 or path is None:
+        return np.zeros(n, dtype=dtype)
     path.parent.mkdir(parents=True, exist_ok=True)
     return np.memmap(path, dtype=dtype, mode="w+", shape=(n,))
 
