@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from streamx.store.location import storage_error
 from streamx.store.obs import Obs, Piece
 from streamx.store.text import Text
 
@@ -66,8 +67,11 @@ class ColumnFile:
 
     def _write(self, part: str, values: np.ndarray) -> None:
         self._dtypes[part] = values.dtype
-        with self._part(part).open("ab") as stream:
-            stream.write(np.ascontiguousarray(values).data)
+        try:
+            with self._part(part).open("ab") as stream:
+                stream.write(np.ascontiguousarray(values).data)
+        except OSError as error:
+            raise storage_error(error, str(self._part(part))) from error
 
     def _map(self, part: str) -> np.ndarray:
         path, dtype = self._part(part), self._dtypes.get(part, np.uint8)
