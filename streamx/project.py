@@ -24,6 +24,7 @@ from streamx.config import ProjectConfig, build, parse_bytes
 from streamx.errors import InputError, ResourceError, SettingsChangedError, UsageError, warn
 from streamx.loader.plan import permutation
 from streamx.loader.transform import apply_transform
+from streamx.memory import steady_memory
 from streamx.models.matched import QUERY_BATCH_SAMPLE, as_statistics, fit_query, normalised, stay
 from streamx.models.scalex import encode, encode_by_minibatch, norm_stats, running_stats
 from streamx.query import Block, Query, Request, lay_blocks, open_query, query_obs, read_blocks, requests
@@ -83,6 +84,7 @@ def project(
         )
     if config.norm is None:
         config = replace(config, norm="minibatch" if model.clusters is None else "matched")
+    steady_memory()
     asked = requests(queries)
     out = Path(output)
     model.module.to(pick_device(config.device))

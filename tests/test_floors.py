@@ -19,7 +19,7 @@ from streamx.cli.main import VERBS
 
 PACKAGE = Path(streamx.__file__).parent
 
-CORE = {"errors", "schema", "config", "threads", "compiled"}
+CORE = {"errors", "schema", "config", "threads", "compiled", "memory"}
 DATA = CORE | {"store", "preprocess", "loader"}
 
 # room -> rooms of streamx that it may import (itself always)
@@ -29,6 +29,7 @@ ROOMS: dict[str, set[str]] = {
     "config": CORE,
     "threads": CORE,
     "compiled": set(),
+    "memory": CORE,
     "simulate": CORE | {"store"},
     "store": CORE,
     "preprocess": CORE | {"store"},

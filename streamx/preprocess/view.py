@@ -14,6 +14,7 @@ import pandas as pd
 from scipy.sparse import csr_matrix
 
 from streamx.errors import BadFileError, UsageError
+from streamx.memory import steady_memory
 from streamx.preprocess.features import Selection
 from streamx.preprocess.kernels import pick_columns
 from streamx.preprocess.recipe import Recipe
@@ -262,6 +263,7 @@ def write_view(
 
     Killed at any point, the same call resumes: the statistics are taken again, what was written is kept.
     """
+    steady_memory()
     with Journal(location) as journal:  # first the lock: nobody changes the view while it is planned
         finished = start(journal, fingerprint, append=append)
         if finished is not None:

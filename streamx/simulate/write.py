@@ -15,6 +15,7 @@ from scipy import sparse
 
 from streamx.config import SimulateConfig, build, parse_bytes
 from streamx.errors import UsageError
+from streamx.memory import steady_memory
 from streamx.simulate.atlas import Atlas, make_atlas
 from streamx.store import genes
 from streamx.store.collection import Collection
@@ -62,6 +63,7 @@ def simulate(output: str | Path, **settings: Any) -> Collection | list[Path]:
         For settings that can't be.
     """
     config: SimulateConfig = build(SimulateConfig, settings)
+    steady_memory()
     atlas = make_atlas(config)
     if config.format == "h5ad":
         return write_files(Path(output), atlas, config)

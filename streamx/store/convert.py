@@ -15,6 +15,7 @@ import numpy as np
 
 from streamx.config import ConvertConfig, build, parse_bytes
 from streamx.errors import EmptyError, InputError, UsageError, warn
+from streamx.memory import steady_memory
 from streamx.schema import align, check_overlap
 from streamx.store import cells, genes
 from streamx.store.collection import Collection
@@ -99,6 +100,7 @@ def convert_files(
     config: ConvertConfig = build(ConvertConfig, settings)
     if config.shard_rows < 1:
         raise UsageError(f"shard_rows = {config.shard_rows}", fix="at least 1; a million is usual")
+    steady_memory()
     memory = parse_bytes(config.memory)
     location = open_location(output)
     if append:

@@ -36,17 +36,21 @@ class Draft:
     Parameters
     ----------
     put
-        Takes each chunk's key and bytes as soon as it is encoded; None keeps them for :meth:`take`.
+        Takes each object's key and its bytes, in pieces, as soon as it is encoded; None keeps them for
+        :meth:`take`.
     """
 
-    def __init__(self, put: Callable[[str, bytes], None] | None = None) -> None:
+    def __init__(self, put: Callable[..., None] | None = None) -> None:
         from zarr.storage import MemoryStore
 
         expect_warnings()
         self._buffers: dict[str, Any] = {}
         self._objects: Objects = {}
-        self._put = put or self._objects.__setitem__
+        self._put = put or self._keep
         self.store = MemoryStore(store_dict=self._buffers)
+
+    def _keep(self, key: str, *data: bytes) -> None:
+        self._objects[key] = b"".join(data)
 
     def group(self, path: str, attributes: Mapping[str, Any]) -> None:
         metadata = {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
@@ -81,8 +85,8 @@ class Draft:
         for number, first in enumerate(range(0, n, per_file)):
             last = min(first + per_file, n)
             chunks = [column_chunk(read(low, min(low + rows, n)), rows) for low in range(first, last, rows)]
-            data = shard_of(chunks, per_file // rows) if array.shards else chunks[0]
-            self._put("/".join([path, "c", str(number), *"0" * (len(shape) - 1)]), data)
+            data = shard_of(chunks, per_file // rows) if array.shards else chunks
+            self._put("/".join([path, "c", str(number), *"0" * (len(shape) - 1)]), *data)
 
     def empty(
         self,

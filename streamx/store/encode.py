@@ -65,21 +65,21 @@ def matrix_chunk(preset: str, which: str, dtype: np.dtype) -> Callable[[np.ndarr
     return encode
 
 
-def shard_of(chunks: Iterable[bytes], n_chunks: int) -> bytes:
-    """A zarr shard for `n_chunks` chunks, of which the first ones exist."""
+def shard_of(chunks: Iterable[bytes], n_chunks: int) -> list[bytes]:
+    """A zarr shard for `n_chunks` chunks, of which the first ones exist; in pieces."""
     index = np.full((n_chunks, 2), ABSENT, dtype="<u8")
     parts, at = [], 0
     for k, chunk in enumerate(chunks):
         parts.append(chunk)
         index[k] = at, len(chunk)
         at += len(chunk)
-    return b"".join([*parts, checked(index.tobytes())])
+    return [*parts, checked(index.tobytes())]
 
 
 def matrix_shard(
     values: np.ndarray, chunk: int, n_chunks: int, encode: Callable[[np.ndarray], bytes]
-) -> bytes:
-    """A zarr shard of a flat array."""
+) -> list[bytes]:
+    """A zarr shard of a flat array, in pieces."""
 
     def chunks() -> Iterable[bytes]:
         for low in range(0, len(values), chunk):

@@ -40,7 +40,7 @@ from streamx.store.scratch import pieces
 from streamx.store.spill import Slab, Spill, npy_pieces, spill
 from streamx.threads import run_all, thread_count
 
-Put = Callable[[str, bytes], None]  # takes an object's key and bytes
+Put = Callable[..., None]  # takes an object's key and its bytes, in pieces
 
 
 @dataclass(frozen=True)
@@ -359,12 +359,12 @@ class _Writer:
         def encode(put: Put) -> None:
             low, high = plan.cuts[k]
             start, stop = plan.rows(low, high)
-            arrays = self.rows.rows(plan.first + start, plan.first + stop, self.data_dtype, self.index_dtype)
             offset = int(plan.ends[start] - plan.ends[0])
-            for name, values in zip(("indices", "data"), arrays, strict=True):
-                chunk = matrix_chunk(self.preset, name, values.dtype)
+            for name, dtype in (("indices", self.index_dtype), ("data", self.data_dtype)):
+                values = self.rows.values(name, plan.first + start, plan.first + stop, dtype)
+                chunk = matrix_chunk(self.preset, name, dtype)
                 mine = values[low - offset : high - offset]
-                put(f"X/{name}/c/{k}", matrix_shard(mine, plan.chunk, plan.shard // plan.chunk, chunk))
+                put(f"X/{name}/c/{k}", *matrix_shard(mine, plan.chunk, plan.shard // plan.chunk, chunk))
 
         return self._step(f"{plan.path[7:-5]}-{k}", plan.path, encode)
 
@@ -428,9 +428,9 @@ class _Writer:
             return done
         table: ObjectTable = {}
 
-        def put(key: str, data: bytes) -> None:
-            self.location.write(f"{prefix}/{key}", data)
-            table[f"{prefix}/{key}"] = describe(data)
+        def put(key: str, *data: bytes) -> None:
+            self.location.write(f"{prefix}/{key}", *data)
+            table[f"{prefix}/{key}"] = describe(*data)
 
         encode(put)
         table = {key: table[key] for key in sorted(table)}

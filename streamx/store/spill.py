@@ -107,18 +107,19 @@ def _reordered(x_ng: sparse.csr_matrix, order: np.ndarray, dtype: np.dtype) -> d
     np.cumsum(np.diff(x_ng.indptr)[order], out=indptr[1:])
     indices = np.empty(x_ng.nnz, layout.index_dtype(x_ng.shape[1]))
     data = np.empty(x_ng.nnz, dtype)
-    _copy_rows(x_ng.indptr, x_ng.indices, x_ng.data, order, indptr, np.arange(len(order)), indices, data)
+    places = np.arange(len(order))
+    for values, out in ((x_ng.indices, indices), (x_ng.data, data)):
+        _copy_rows(x_ng.indptr, values, order, indptr, places, out)
     return {"indptr": indptr, "indices": indices, "data": data}
 
 
 @compiled
-def _copy_rows(indptr, indices, data, rows, begin, places, out_indices, out_data):
-    """Row `rows[i]` of a CSR matrix to where row `places[i]` begins in another one."""
+def _copy_rows(indptr, values, rows, begin, places, out):
+    """Values of row `rows[i]` of a CSR matrix to where row `places[i]` begins in another one."""
     for i in range(rows.size):
         at = begin[places[i]]
         for j in range(indptr[rows[i]], indptr[rows[i] + 1]):
-            out_indices[at] = indices[j]
-            out_data[at] = data[j]
+            out[at] = values[j]
             at += 1
 
 
@@ -167,16 +168,13 @@ class Spill:
     def counts(self) -> bool:
         return all(slab.counts for slab in self.slabs)
 
-    def rows(self, start: int, stop: int, data_dtype: Any, index_dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and data of the destination rows start..stop, concatenated in row order."""
-        begin = self.ends[start : stop + 1] - self.ends[start]
-        indices = np.empty(int(begin[-1]), dtype=index_dtype)
-        data = np.empty(int(begin[-1]), dtype=data_dtype)
+    def values(self, name: str, start: int, stop: int, dtype: Any) -> np.ndarray:
+        """`indices` or `data` of the destination rows start..stop, concatenated in row order."""
+        begin = np.asarray(self.ends[start : stop + 1] - self.ends[start])
+        out = np.empty(int(begin[-1]), dtype=dtype)
         for slab, rows, low, high in self._pieces(start, stop):
-            mine = np.arange(low, high)
-            values = slab.array("indices"), slab.array("data")
-            _copy_rows(slab.array("indptr"), *values, mine, begin, rows - start, indices, data)
-        return indices, data
+            _copy_rows(slab.array("indptr"), slab.array(name), np.arange(low, high), begin, rows - start, out)
+        return out
 
     def dense(self, name: str, start: int, stop: int, width: int, dtype: Any) -> np.ndarray:
         """Rows start..stop of a dense matrix; zeros where a slab doesn't have it."""

@@ -123,7 +123,8 @@ def test_spilled_rows(tmp_path: Path, n: int, n_slabs: int, seed: int, data: st.
             assert rows.counts
             low = data.draw(st.integers(0, n))
             high = data.draw(st.integers(low, n))
-            indices, values = rows.rows(low, high, np.uint8, np.uint16)
+            indices = rows.values("indices", low, high, np.uint16)
+            values = rows.values("data", low, high, np.uint8)
             piece = sparse.csr_matrix(
                 (values, indices, x_ng.indptr[low : high + 1] - x_ng.indptr[low]), shape=(high - low, 5)
             )

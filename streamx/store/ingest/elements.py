@@ -73,6 +73,7 @@ def anndata_source(
         modalities={n: Obsm(m.names, locked(m.rows, lock)) for n, m in modalities.items()},
         alternatives=lambda: countlike(group, name),
         close=close,
+        reopens=chosen is None and rows_lie_together(matrix),
     )
 
 
@@ -159,6 +160,11 @@ def matrix_rows(
     arrays = matrix["indptr"], matrix["indices"], matrix["data"]
     safe_codecs(arrays, location)
     return compressed_rows(encoding == "csr_matrix", arrays, name, obs_names, var_names, request)
+
+
+def rows_lie_together(matrix: Any) -> bool:
+    """Whether rows can be read as they are stored; those of a CSC matrix come from a spill."""
+    return not is_group(matrix) or matrix.attrs.get("encoding-type") == "csr_matrix"
 
 
 def read_obsm(group: Any, n_obs: int, location: str) -> dict[str, Obsm]:

@@ -122,6 +122,8 @@ class Source:
         Dense obsm matrices that the input offers.
     alternatives
         Names of the file's other matrices whose values look like counts (for errors; reads a little).
+    reopens
+        Nothing is lost when it is closed and opened again.
     """
 
     key: str
@@ -133,6 +135,7 @@ class Source:
     modalities: dict[str, Obsm] = field(default_factory=dict)
     alternatives: Callable[[], list[str]] = list
     close: Callable[[], None] = lambda: None
+    reopens: bool = False
     obs_names: Names = field(init=False)
     var_names: np.ndarray = field(init=False)
 
