@@ -2,7 +2,7 @@
 
     python benchmarks/scale.py --sizes 100000 1000000 --folder /somewhere/large
 
-Per size: a synthetic atlas is written as h5ad files (one per batch of about 25,000 cells), converted,
+Per size: a synthetic atlas is written as h5ad files (one per batch, 16 batches), converted,
 preprocessed, read for one epoch, and mapped onto a model; all with ``--memory 1GB``. `peer_concat` joins
 the files by anndata's ``concat_on_disk``, `peer_scanpy` preprocesses them in memory. Every stage is a process
 of its own; each appends one JSON line to results/scale.jsonl. Anonymous memory (what can't be given back)
@@ -28,7 +28,7 @@ from typing import Any
 
 from preprocess import environment
 
-MEMORY, SEED, BATCH_CELLS = "1GB", 0, 25_000
+MEMORY, SEED, N_BATCHES = "1GB", 0, 16
 RESULTS = Path(__file__).parent / "results" / "scale.jsonl"
 PEER_BYTES_PER_CELL = 7_000  # that scanpy takes in memory, measured; a run that can't fit is left out
 
@@ -47,7 +47,7 @@ def simulate(folder: Path, n: int) -> dict[str, Any]:
         folder / "files",
         format="h5ad",
         n_cells=n,
-        n_batches=max(2, n // BATCH_CELLS),
+        n_batches=N_BATCHES,
         seed=SEED,
         memory=MEMORY,
     )
