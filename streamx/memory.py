@@ -23,3 +23,21 @@ def steady_memory() -> None:
         libc.mallopt(_ARENA_MAX, 2)
     except (OSError, AttributeError):  # another C library
         return
+
+
+def resident_bytes() -> int:
+    """Anonymous memory of this process: what can't be given back and read again."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def available_bytes() -> int:
+    """Memory that the machine can still give."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

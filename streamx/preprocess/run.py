@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from streamx.preprocess.view import (
     lay_out,
     view_modalities,
     view_obs,
+    view_sample,
     view_slabs,
     view_var,
     write_view,
 )
 from streamx.store.collection import Collection, open_collection
 from streamx.store.location import crc32c, open_location
+from streamx.store.needs import Needs, needs_of
+from streamx.store.obs import as_obs
 from streamx.store.pack import Content
 from streamx.store.spill import Slab
 from streamx.threads import thread_count
@@ -73,6 +76,13 @@ def preprocess(store: Collection | str | Path, output: str | Path, **settings: A
     ResourceError
         If the statistics don't fit into the memory.
     """
+    return preprocess_store(store, output, **settings)[0]
+
+
+def preprocess_store(
+    store: Collection | str | Path, output: str | Path, **settings: Any
+) -> tuple[Collection, Needs | None]:
+    """Like :func:`preprocess`, and also what writing the view was predicted to take (None: it was there)."""
     store = store if isinstance(store, Collection) else open_collection(store)
     if store.kind != "store":
         raise UsageError("is a view; views are made from stores", where=str(store.path))
@@ -162,10 +172,12 @@ def _plan(
         view=view,
     )
     slabs = view_slabs(store, layout, selection.chosen, obsm=config.obsm, memory=memory, threads=threads)
+    sample = view_sample(rows, layout, selection, content.obsm)
+    needs = needs_of(sample, as_obs(content.obs), slabs, memory=memory, threads=threads)
     log.info(
         "%d cells, %d features, %d batches", len(layout.row_n), len(selection.names), len(layout.batches)
     )
-    return content, slabs
+    return replace(content, needs=needs), slabs
 
 
 def _warn_of_the_wrong_values(store: Collection, config: PreprocessConfig) -> None:

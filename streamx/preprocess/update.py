@@ -103,7 +103,7 @@ def update_view(view: Collection | str | Path, *, memory: str = "4GB", threads: 
         },
         "update_of": view.manifest.fingerprint,
     }
-    return write_view(
+    updated, _ = write_view(
         open_location(view.path),
         fingerprint,
         partial(_plan, frozen, view.path, fingerprint, parse_bytes(memory), thread_count(threads)),
@@ -111,6 +111,7 @@ def update_view(view: Collection | str | Path, *, memory: str = "4GB", threads: 
         memory=parse_bytes(memory),
         threads=thread_count(threads),
     )
+    return updated
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.sparse import csr_matrix
+from scipy.sparse import csr_matrix, vstack
 
 from streamx.errors import BadFileError, UsageError
 from streamx.memory import steady_memory
@@ -23,6 +23,7 @@ from streamx.store.collection import Collection
 from streamx.store.gather import gathered, lay_down
 from streamx.store.journal import Journal
 from streamx.store.location import Location
+from streamx.store.needs import Needs, Sample
 from streamx.store.obs import Obs, Piece, plain
 from streamx.store.order import row_order
 from streamx.store.pack import Content, start, write_part
@@ -222,6 +223,22 @@ def view_slabs(
     return slabs
 
 
+def view_sample(
+    rows: StoreRows, layout: Layout, selection: Selection, obsm: Mapping[str, tuple[Any, Any]]
+) -> Sample:
+    """Some rows as they will be in the view, and how many values all have."""
+    n = len(layout.stored_n)
+    found = []
+    for at in np.linspace(0, max(n - 64, 0), 8).astype(int).tolist() if n else ():
+        mine = layout.stored_n[at : at + 64]
+        block = rows.read(int(mine[0]), int(mine[-1]) + 1) if mine[-1] - mine[0] < MAX_SLAB_ROWS else None
+        if block is not None:
+            found.append(take(block, np.asarray(mine) - int(mine[0]), selection.chosen))
+    some = vstack(found, format="csr") if found else csr_matrix((0, len(selection.names)), dtype=np.uint8)
+    nnz = some.nnz / max(1, some.shape[0]) * n
+    return Sample(some, int(nnz), 4 * sum(len(names) for names, _ in obsm.values()))
+
+
 def _read_slab(
     store: Collection, rows: StoreRows, start: int, stop: int, stored_n: np.ndarray, chosen: np.ndarray
 ) -> tuple[csr_matrix, dict[str, np.ndarray]]:
@@ -256,10 +273,10 @@ def write_view(
     append: bool = False,
     memory: int,
     threads: int,
-) -> Collection:
+) -> tuple[Collection, Needs | None]:
     """Plan and write a view, or one more part of it, unless just that is there already.
 
-    The plan gets a folder for arrays over cells.
+    The plan gets a folder for arrays over cells. Returns the view, and what it was predicted to take.
 
     Killed at any point, the same call resumes: the statistics are taken again, what was written is kept.
     """
@@ -267,11 +284,12 @@ def write_view(
     with Journal(location) as journal:  # first the lock: nobody changes the view while it is planned
         finished = start(journal, fingerprint, append=append)
         if finished is not None:
-            return finished
+            return finished, None
         content, slabs = plan(journal.rows)
-        return write_part(
+        written = write_part(
             location, slabs, content, memory=memory, threads=threads, append=append, journal=journal
         )
+        return written, content.needs
 
 
 def describe_view(

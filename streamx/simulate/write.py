@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from streamx.store import genes
 from streamx.store.collection import Collection
 from streamx.store.location import open_location
 from streamx.store.manifest import FORMAT
+from streamx.store.needs import Sample, needs_of
 from streamx.store.obs import Obs, Piece, as_obs
 from streamx.store.pack import Content, write_part
 from streamx.store.spill import Slab
@@ -90,10 +91,16 @@ def write_store(output: str | Path, atlas: Atlas, config: SimulateConfig) -> Col
         Slab(f"{b}-{start}-{stop}", first + np.arange(stop - start), partial(_read, atlas, b, start, stop))
         for b, start, stop, first in _blocks(atlas, config, threads)
     ]
+    some, _ = _read(atlas, 0, 0, min(512, int(atlas.size_b[0])))
+    sample = Sample(some, int(some.nnz / some.shape[0] * config.n_cells), 4 * config.n_proteins)
+    needs = needs_of(
+        sample, obs_of(atlas), slabs, shard_rows=config.shard_rows, memory=parse_bytes(config.memory),
+        threads=threads,
+    )  # fmt: skip
     return write_part(
         open_location(output),
         slabs,
-        content,
+        replace(content, needs=needs),
         shard_rows=config.shard_rows,
         memory=config.memory,
         threads=threads,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+from scipy.sparse import csr_matrix, vstack
 
 from streamx.config import ConvertConfig, build, parse_bytes
 from streamx.errors import EmptyError, InputError, UsageError, warn
@@ -24,14 +25,16 @@ from streamx.store.ingest import Source, open_sources
 from streamx.store.journal import Journal
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import FORMAT, read_generation
+from streamx.store.needs import Needs, Sample, needs_of
 from streamx.store.order import names_digest, row_order
 from streamx.store.pack import Content, start, write_part
-from streamx.store.slabs import SourceError, blame, modalities, slabs_of
+from streamx.store.slabs import SourceError, blame, modalities, probe, slabs_of
 from streamx.store.spill import Slab
 from streamx.threads import run_all, thread_count
 
 log = logging.getLogger("streamx")
 T = TypeVar("T")
+SAMPLED_FILES = 16  # whose rows show how the values compress
 
 # What decides the bytes of a store; the rest (memory, threads, on_error) may change between runs.
 _DECISIVE = (
@@ -42,10 +45,11 @@ _DECISIVE = (
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished conversion and the inputs that it left out (``on_error="skip"``)."""
+    """A finished conversion, the inputs that it left out (``on_error="skip"``), and what was predicted."""
 
     collection: Collection
     skipped: tuple[InputError, ...] = ()
+    needs: Needs | None = None
 
 
 def convert(
@@ -129,14 +133,15 @@ def convert_files(
         finished = start(journal, fingerprint, append=append)
         if finished is None:
             write = partial(_write, location, journal, base, config, memory, fingerprint)
-            collection, _ = _while_good(write, sources, config, skipped)
+            (collection, needs), _ = _while_good(write, sources, config, skipped)
         else:
+            needs = None
             log.info("%s is complete already", location)
             collection = finished
             skipped += _left_out(finished, fingerprint)
     for error in skipped:
         warn(f"left out: {error.what}", where=error.where, fix=error.fix)
-    return Converted(collection, tuple(skipped))
+    return Converted(collection, tuple(skipped), needs)
 
 
 def _while_good(
@@ -165,9 +170,9 @@ def _write(
     memory: int,
     fingerprint: dict[str, Any],
     sources: list[Source],
-) -> Collection:
+) -> tuple[Collection, Needs | None]:
     content, slabs = _plan(sources, base, config, memory, fingerprint, journal.rows)
-    return write_part(
+    written = write_part(
         location,
         slabs,
         content,
@@ -178,6 +183,7 @@ def _write(
         append=base is not None,
         journal=journal,
     )
+    return written, content.needs
 
 
 def _left_out(collection: Collection, fingerprint: dict[str, Any]) -> list[InputError]:
@@ -315,16 +321,21 @@ def _plan(
         )
     ]
     starts = np.cumsum([0, *lengths]).tolist()
-    slabs = [
-        slab
-        for source, key, cols, start in zip(sources, keys, columns, starts, strict=False)
-        for slab in slabs_of(
-            source, key, cols, destination[start : start + source.n_obs], len(axis), obsm, config, memory
-        )
-    ]
+    slabs: list[Slab] = []
+    seen: list[csr_matrix] = []
+    for source, key, cols, first in zip(sources, keys, columns, starts, strict=False):
+        rows = destination[first : first + source.n_obs]
+        most, found = probe(source, cols, len(axis))
+        slabs += slabs_of(source, key, cols, rows, len(axis), obsm, config, memory, most)
+        seen.append(found)
+    obs = laid.in_order(order)
+    needs = needs_of(
+        sample_of(seen, lengths, obsm), obs, slabs, preset=config.preset, shard_rows=config.shard_rows,
+        memory=memory, threads=thread_count(config.threads),
+    )  # fmt: skip
     content = Content(
         kind="store",
-        obs=laid.in_order(order),
+        obs=obs,
         var=base.var
         if base is not None
         else genes.common_var([source.var for source in sources], axes, axis),
@@ -333,8 +344,21 @@ def _plan(
         obsm=obsm,
         uns={"batch_key": batch_key},
         sources=entries,
+        needs=needs,
     )
     return content, slabs
+
+
+def sample_of(
+    seen: Sequence[csr_matrix], lengths: Sequence[int], obsm: Mapping[str, tuple[list[str], Any]]
+) -> Sample:
+    """Rows of some of the files, and the values of all of them by the share of rows that was seen."""
+    nnz = sum(found.nnz / found.shape[0] * n for found, n in zip(seen, lengths, strict=True))
+    some = vstack(seen[:SAMPLED_FILES], format="csr")
+    if some.dtype.kind == "f" and (some.data == np.rint(some.data)).all():
+        some = some.astype(np.int64)
+    some.sort_indices()
+    return Sample(some, int(nnz), 4 * sum(len(names) for names, _ in obsm.values()))
 
 
 def _file_keys(sources: list[Source], base: Collection | None, fingerprint: dict[str, Any]) -> list[str]:

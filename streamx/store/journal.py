@@ -109,6 +109,11 @@ class Journal:
             self.clear(keep=(self.ingest.name,))
             self.location.delete(SETTINGS)
 
+    def laid_down(self) -> int:
+        """Bytes that an interrupted run has left here and in the store."""
+        folders = (self.location.root, self.store.root)
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
+
     def find(self, name: str) -> Any | None:
         """What :meth:`record` wrote under this name, or None."""
         key = f"records/{name}.json"

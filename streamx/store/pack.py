@@ -35,6 +35,7 @@ from streamx.store.manifest import (
     read_generation,
     sweep,
 )
+from streamx.store.needs import Needs, at_once, refuse
 from streamx.store.obs import Obs, as_obs
 from streamx.store.scratch import pieces
 from streamx.store.spill import Slab, Spill, npy_pieces, spill
@@ -65,6 +66,8 @@ class Content:
         Settings and inputs that a resumed run must share.
     value_dtype
         None: the smallest unsigned integers that hold the maximum; else a dtype.
+    needs
+        What writing it will take, where that was predicted.
     """
 
     kind: str
@@ -78,6 +81,7 @@ class Content:
     sources: Sequence[dict[str, Any]] = ()
     view: dict[str, Any] | None = None
     value_dtype: str | None = None
+    needs: Needs | None = None
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,11 @@ def write_part(
     -------
     Collection
         The new generation.
+
+    Raises
+    ------
+    ResourceError
+        If disk or memory are too small by what was predicted.
     """
     location = open_location(path)
     if journal is None:
@@ -178,6 +187,8 @@ def write_part(
     base = read_generation(location) if append else None
     staged = type(location)(location.root, tmp=journal.tmp)
     limit, n = parse_bytes(memory), thread_count(threads)
+    if content.needs is not None:
+        refuse(content.needs, location.root, journal.laid_down())
     _write(staged, journal, base, slabs, content, preset, shard_rows, limit, n)
     journal.remove()
     return Collection(location)
@@ -253,11 +264,11 @@ def _write(
     before = sum(part["n_shards"] for part in base.parts) if base else 0
     plans = plan_shards(rows.ends, first_number=before, shard_rows=shard_rows)
     writer = _Writer(location, journal, rows, content, obs, preset)
-    at_once = max(1, min(threads, memory // max(plan.shard * 24 for plan in plans))) if plans else 1
+    at_a_time = at_once(max((plan.shard for plan in plans), default=0), memory, threads)
     tasks = [partial(writer.frame, plan) for plan in plans] + [partial(writer.part_obs, number)]
     tasks += [partial(writer.matrix, plan, k) for plan in plans for k in range(len(plan.cuts))]
     objects: ObjectTable = {}
-    for found in run_all(tasks, at_once, "writing"):
+    for found in run_all(tasks, at_a_time, "writing"):
         objects |= found
     shards = tuple(Shard(plan.path, plan.n_obs, plan.nnz) for plan in plans)
     nnz, runs = int(rows.ends[-1]), batch_runs(content)

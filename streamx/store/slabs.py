@@ -92,19 +92,25 @@ def _dense(source: Source, name: str, names: list[str], low: int, high: int) -> 
     return dense
 
 
-def slabs_of(
-    source: Source, key: str, columns: np.ndarray, rows: np.ndarray, n_genes: int,
-    obsm: Mapping[str, tuple[list[str], Any]], config: ConvertConfig, memory: int,
-) -> Iterator[Slab]:  # fmt: skip
-    """A file in slabs that `threads` threads can hold at once."""
-    per_row = 0.0
+def probe(source: Source, columns: np.ndarray, n_genes: int) -> tuple[float, sparse.csr_matrix]:
+    """The most values per row that eight places of a file show, and these rows on the store's genes."""
+    most, found = 0.0, []
     for low in range(0, source.n_obs, max(64, -(-source.n_obs // 8))):
         with blame(source):
-            probe = source.read(low, low + 64)
-        per_row = max(per_row, probe.nnz / probe.shape[0])
+            rows = source.read(low, low + 64)
+        most = max(most, rows.nnz / rows.shape[0])
+        found.append(genes.map_columns(rows, columns, n_genes))
+    return most, sparse.vstack(found, format="csr")
+
+
+def slabs_of(
+    source: Source, key: str, columns: np.ndarray, rows: np.ndarray, n_genes: int,
+    obsm: Mapping[str, tuple[list[str], Any]], config: ConvertConfig, memory: int, per_row: float,
+) -> Iterator[Slab]:  # fmt: skip
+    """A file in slabs that `threads` threads can hold at once; it has up to `per_row` values per row."""
     # a slab is held about four times over while it is mapped and sorted: indices and values, 16 bytes each
-    per_row = 4 * 16 * (per_row + 16)
-    size = int(np.clip(memory / 4 / thread_count(config.threads) / per_row, MIN_SLAB_ROWS, MAX_SLAB_ROWS))
+    row_bytes = 4 * 16 * (per_row + 16)
+    size = int(np.clip(memory / 4 / thread_count(config.threads) / row_bytes, MIN_SLAB_ROWS, MAX_SLAB_ROWS))
     # the name of a file or key may be anything, a slab's becomes a folder
     name = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).hexdigest()
     for low in range(0, source.n_obs, size):
