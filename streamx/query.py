@@ -19,9 +19,9 @@ from streamx.errors import BatchError, EmptyError, UsageError, warn
 from streamx.preprocess.qc import names_to_use
 from streamx.schema import align, check_overlap
 from streamx.store import cells, genes
+from streamx.store.columns import Column, file_of, gathered
 from streamx.store.filed import lay_files, piece_rows
 from streamx.store.frame import as_text
-from streamx.store.gather import Column, file_of, gathered
 from streamx.store.ingest import Source, check_counts, open_sources
 from streamx.store.ingest.inputs import expand, unique_keys
 from streamx.store.obs import Obs

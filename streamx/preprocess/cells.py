@@ -60,10 +60,9 @@ def chosen_cells(
     wanted_b = np.array([batches is None or name in set(batches) for name in names] + [False])
     n = store.n_obs - first
     code_n, admitted_n = new_array(folder / "codes", n, np.int32), new_array(folder / "admitted", n, bool)
+    bounds, code_r = store.batch_runs
     for low, high in pieces(n):
-        if store.batch_key is not None:
-            column = store.obs_column(store.batch_key, first + low, first + high)
-            code_n[low:high] = column.cat.codes
+        code_n[low:high] = code_r[np.searchsorted(bounds, np.arange(first + low, first + high), "right") - 1]
         here_n = wanted_b[code_n[low:high]]
         if where is not None:
             read = partial(store.obs_column, start=first + low, stop=first + high)

@@ -20,7 +20,7 @@ from streamx.preprocess.kernels import pick_columns
 from streamx.preprocess.recipe import Recipe
 from streamx.preprocess.rows import StoreRows, rows_of
 from streamx.store.collection import Collection
-from streamx.store.gather import gathered, lay_down
+from streamx.store.columns import gathered, lay_down
 from streamx.store.journal import Journal
 from streamx.store.location import Location
 from streamx.store.needs import Needs, Sample

@@ -14,13 +14,11 @@ from functools import cache
 from typing import Any
 
 import google_crc32c
-import numba
 import numpy as np
 from llvmlite import binding
 from numba import types
 
 from streamx.compiled import compiled
-
 
 READ_AHEAD = 1 << 18  # bytes read at once: what comes next is still in the processor's cache when decoded
 CHECKSUM = 4

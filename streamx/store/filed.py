@@ -14,7 +14,7 @@ import pandas as pd
 
 from streamx.store import cells
 from streamx.store.collection import Collection
-from streamx.store.gather import Column, file_of, gathered, lay_down
+from streamx.store.columns import Column, file_of, gathered, lay_down
 from streamx.store.ingest import Source
 from streamx.store.obs import Obs, Piece
 from streamx.store.order import unique_names

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from streamx.store.gather import ColumnFile, file_of
+from streamx.store.columns import ColumnFile, file_of
 from streamx.store.scratch import PIECE_ROWS, new_array, pieces
 from streamx.store.text import Text, text_of
 

@@ -293,7 +293,9 @@ def batch_runs(content: Content) -> tuple[tuple[str | None, int], ...]:
     for low, high in pieces(obs.n_obs):
         code_n = np.asarray(obs.columns[content.batch_key](low, high)[0])
         starts = np.flatnonzero(np.diff(code_n, prepend=code_n[0] + 1))
-        for start, size in zip(starts.tolist(), np.diff(np.append(starts, len(code_n))).tolist(), strict=True):
+        for start, size in zip(
+            starts.tolist(), np.diff(np.append(starts, len(code_n))).tolist(), strict=True
+        ):
             name = None if code_n[start] < 0 else str(categories[code_n[start]])
             if start == 0 and runs and runs[-1][0] == name:
                 size += runs.pop()[1]

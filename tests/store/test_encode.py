@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamx.store import layout
+from streamx.store.columns import ColumnFile
 from streamx.store.draft import Draft
 from streamx.store.encode import matrix_chunk, matrix_shard
-from streamx.store.gather import ColumnFile
 from streamx.store.obs import as_obs, to_pandas
 from streamx.store.text import joined, text_of
 
