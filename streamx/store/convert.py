@@ -310,7 +310,11 @@ def _plan(
     )
     laid = lay_cells(sources, files, keys, schema, base, folder)
     checksums = [fingerprint["inputs"][source.key]["checksum"] for source in sources]
-    digests = [names_digest(source.obs_names, source.var_names) for source in sources]
+    starts = np.cumsum([0, *lengths]).tolist()
+    digests = [
+        names_digest(laid.names_of(first, first + source.n_obs), source.var_names)
+        for source, first in zip(sources, starts, strict=False)
+    ]
     codes = laid.column(batch_key)
     order, destination = row_order(codes, digests, checksums, lengths, config.seed, folder)
     obsm = modalities(sources, config.obsm, codes, schema[batch_key]["categories"], base)
@@ -320,7 +324,6 @@ def _plan(
             sources, keys, axes, columns, batches, checksums, strict=True
         )
     ]
-    starts = np.cumsum([0, *lengths]).tolist()
     slabs: list[Slab] = []
     seen: list[csr_matrix] = []
     for source, key, cols, first in zip(sources, keys, columns, starts, strict=False):

@@ -18,7 +18,7 @@ from streamx.store.columns import Column, file_of, gathered, lay_down
 from streamx.store.ingest import Source
 from streamx.store.obs import Obs, Piece
 from streamx.store.order import unique_names
-from streamx.store.scratch import PIECE_ROWS
+from streamx.store.scratch import PIECE_ROWS, pieces
 from streamx.store.slabs import blame
 from streamx.store.text import Text, text_of
 
@@ -33,7 +33,7 @@ def cells_of(
     """The cells of each file by pieces of rows, with their batch; and the name of the batch column."""
     named: list[str] = []
 
-    def pieces(source: Source, key: str) -> Iterator[pd.DataFrame]:
+    def frames(source: Source, key: str) -> Iterator[pd.DataFrame]:
         renamed = settings["obs_map"].get(source.key, {})
         for low, high in piece_rows(source):
             with blame(source):
@@ -50,14 +50,14 @@ def cells_of(
                 named.append(name)
             yield frame
 
-    files: list[cells.Pieces] = [partial(pieces, s, key) for s, key in zip(sources, keys, strict=True)]
+    files: list[cells.Pieces] = [partial(frames, s, key) for s, key in zip(sources, keys, strict=True)]
     next(files[0]())
     return files, named[0]
 
 
 def piece_rows(source: Source) -> Iterator[tuple[int, int]]:
     """Pieces of a file's cells of bounded size."""
-    step = max(1024, min(PIECE_ROWS, VALUES_AT_ONCE // (1 + len(source.cells.columns))))
+    step = max(1024, min(PIECE_ROWS // 2, VALUES_AT_ONCE // (1 + len(source.cells.columns))))
     return ((low, min(low + step, source.n_obs)) for low in range(0, source.n_obs, step))
 
 
@@ -68,6 +68,11 @@ class Laid:
     names: Text
     columns: Mapping[str, Column | Callable[[np.ndarray], np.ndarray]]
     schema: Mapping[str, dict[str, Any]]
+    originals: Text
+
+    def names_of(self, first: int, stop: int) -> Iterator[Text]:
+        """What the cells first..stop were called in their file, by pieces."""
+        return (self.originals[first + low : first + high] for low, high in pieces(stop - first))
 
     def column(self, name: str) -> np.ndarray:
         column = self.columns[name]
@@ -105,6 +110,7 @@ def lay_cells(
             cells.NAME: Column(originals, None),
         },
         schema | about,
+        originals,
     )
 
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from streamx.store.columns import ColumnFile, file_of
-from streamx.store.scratch import PIECE_ROWS, new_array, pieces
+from streamx.store.scratch import new_array, pieces
 from streamx.store.text import Text, text_of
 
-BUCKET_ROWS = 1 << 19  # rows that are sorted at a time
+BUCKET_ROWS = 1 << 18  # rows that are sorted at a time
 
 
 def row_order(
@@ -104,14 +103,13 @@ def _mix(x: np.ndarray) -> np.ndarray:
     return x ^ (x >> np.uint64(31))
 
 
-def names_digest(obs_names: Any, var_names: Any) -> int:
-    """64 bits that stand for a file's cell and gene names."""
+def names_digest(obs_names: Iterable[Text], var_names: Sequence[str] | np.ndarray) -> int:
+    """64 bits that stand for a file's cell and gene names, however those are cut into pieces."""
     digest = hashlib.blake2b(digest_size=8)
-    for names in (obs_names, var_names):
-        for low, high in pieces(len(names)):
-            digest.update(b"\0" if low else b"")
-            digest.update("\0".join(map(str, names[low:high])).encode(errors="surrogatepass"))
-        digest.update(b"\1")
+    for names in obs_names:
+        digest.update(names.hashes().data)
+    digest.update(b"\1")
+    digest.update(text_of(var_names).hashes().data)
     return int.from_bytes(digest.digest(), "little")
 
 
@@ -197,8 +195,7 @@ def _by_hash(hash_n: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         return
     for k in range(1 << bits):
         rows = [
-            low + np.flatnonzero(hash_n[low:high] >> np.uint64(64 - bits) == k)
-            for low, high in pieces(n, 8 * PIECE_ROWS)
+            low + np.flatnonzero(hash_n[low:high] >> np.uint64(64 - bits) == k) for low, high in pieces(n)
         ]
         mine = np.concatenate(rows)
         yield mine, hash_n[mine]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -344,8 +344,8 @@ def check_indptr(indptr: Any, n_rows: int, n_stored: int, location: str, element
             fix=fix,
         )
     before = 0
-    for low in range(0, n_rows + 1, 8 * PIECE_ROWS):
-        piece = np.concatenate([[before], pointers[low : low + 8 * PIECE_ROWS]])
+    for low in range(0, n_rows + 1, PIECE_ROWS):
+        piece = np.concatenate([[before], pointers[low : low + PIECE_ROWS]])
         if low == 0 and piece[1] != 0:
             raise BadFileError(
                 f"{element}/indptr starts at {piece[1]}, not at 0 (row 0)", where=location, fix=fix
@@ -386,5 +386,12 @@ def file_checksum(path: Path) -> str:
 def text_names(values: Any) -> np.ndarray:
     """Names as an object array of str, whatever the file stored them as."""
     names = np.asarray(values).tolist()
-    texts = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in names]
-    return np.array(texts, dtype=object)
+    texts: list[str] = []
+    if names and isinstance(names[0], bytes):
+        with suppress(TypeError):  # some are not bytes
+            texts = b"\0".join(names).decode("utf-8").split("\0")
+    if len(texts) != len(names):  # or some contain a zero
+        texts = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in names]
+    out = np.empty(len(texts), dtype=object)
+    out[:] = texts
+    return out
