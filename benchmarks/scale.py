@@ -22,7 +22,9 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,23 @@ PEER_BYTES_PER_CELL = 7_000  # that scanpy takes in memory, measured; a run that
 
 def files_of(folder: Path) -> list[str]:
     return sorted(map(str, (folder / "files").glob("*.h5ad")))
+
+
+@contextmanager
+def disk() -> Iterator[list[int]]:
+    """Bytes of all that a run has laid down, at its end, when nothing is removed yet."""
+    from streamx.store.journal import Journal
+
+    found: list[int] = []
+    original = Journal.remove
+
+    def remove(journal: Journal) -> None:
+        found.append(journal.laid_down())
+        original(journal)
+
+    Journal.remove = remove  # type: ignore[method-assign]
+    yield found
+    Journal.remove = original  # type: ignore[method-assign]
 
 
 # -- stages: each gives what is to be told besides the time ------------------------------------------------
@@ -55,17 +74,25 @@ def simulate(folder: Path, n: int) -> dict[str, Any]:
 
 
 def convert(folder: Path, n: int) -> dict[str, Any]:
-    import streamx as sx
+    from streamx.store.convert import convert_files
 
-    store = sx.convert(files_of(folder), folder / "store", batch_key="batch", memory=MEMORY)
-    return {"bytes": store.summary()["bytes"], "nnz": store.nnz}
+    with disk() as laid:
+        done = convert_files(files_of(folder), folder / "store", batch_key="batch", memory=MEMORY)
+    assert done.needs is not None
+    store = done.collection
+    about = {"bytes": store.summary()["bytes"], "nnz": store.nnz, "disk_bytes": max(laid)}
+    return about | {"predicted": asdict(done.needs)}
 
 
 def preprocess(folder: Path, n: int) -> dict[str, Any]:
-    import streamx as sx
+    from streamx.preprocess.run import preprocess_store
 
-    view = sx.preprocess(folder / "store", folder / "view", min_features=20, n_top_features=0, memory=MEMORY)
-    return {"bytes": view.summary()["bytes"], "nnz": view.nnz}
+    settings = {"min_features": 20, "n_top_features": 0, "memory": MEMORY}
+    with disk() as laid:
+        view, needs = preprocess_store(folder / "store", folder / "view", **settings)
+    assert needs is not None
+    about = {"bytes": view.summary()["bytes"], "nnz": view.nnz, "disk_bytes": max(laid)}
+    return about | {"predicted": asdict(needs)}
 
 
 def epoch(folder: Path, n: int) -> dict[str, Any]:
@@ -93,10 +120,10 @@ def project(folder: Path, n: int) -> dict[str, Any]:
 
 def opens(folder: Path, n: int) -> dict[str, Any]:
     """Opening a store of 200 columns, and reading one of them."""
-    import streamx as sx
+    from streamx.store.collection import open_collection
 
     start = time.perf_counter()
-    store = sx.open(folder / "columns")
+    store = open_collection(folder / "columns")
     opened = time.perf_counter() - start
     column = store.obs_column("extra7")
     return {
@@ -164,13 +191,12 @@ OUR_OUTPUT = {"convert": "store", "preprocess": "view", "project": "mapped", "co
 
 
 class Sampler(threading.Thread):
-    """Peaks of anonymous and of file-backed memory of this process, and the least room on its disk."""
+    """Peaks of anonymous and of file-backed memory of this process."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peaks = {"RssAnon": 0, "RssFile": 0}
-        self.free, self.least = shutil.disk_usage(folder).free, shutil.disk_usage(folder).free
-        self.folder, self.over = folder, False
+        self.over = False
 
     def run(self) -> None:
         status = Path("/proc/self/status")
@@ -179,12 +205,11 @@ class Sampler(threading.Thread):
                 name, _, value = line.partition(":")
                 if name in self.peaks:
                     self.peaks[name] = max(self.peaks[name], int(value.split()[0]) * 1024)
-            self.least = min(self.least, shutil.disk_usage(self.folder).free)
             time.sleep(0.02)
 
 
 def run_one(stage: str, folder: Path, n: int) -> dict[str, Any]:
-    sampler = Sampler(folder)
+    sampler = Sampler()
     sampler.start()
     start = time.perf_counter()
     with warnings.catch_warnings():
@@ -203,7 +228,6 @@ def run_one(stage: str, folder: Path, n: int) -> dict[str, Any]:
         "cells_per_cpu_second": round(n / cpu),
         "peak_anonymous_bytes": sampler.peaks["RssAnon"],
         "peak_file_bytes": sampler.peaks["RssFile"],
-        "disk_used_bytes": sampler.free - sampler.least,  # others on this disk count too
         **told,
     }
 
