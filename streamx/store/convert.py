@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csr_matrix
 
 from streamx.config import ConvertConfig, build, parse_bytes
 from streamx.errors import EmptyError, InputError, UsageError, warn
@@ -25,7 +25,7 @@ from streamx.store.ingest import Source, open_sources
 from streamx.store.journal import Journal
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import FORMAT, read_generation
-from streamx.store.needs import Needs, Sample, needs_of
+from streamx.store.needs import Needs, needs_of, sample_of
 from streamx.store.order import names_digest, row_order
 from streamx.store.pack import Content, start, write_part
 from streamx.store.slabs import SourceError, blame, modalities, probe, slabs_of
@@ -34,7 +34,6 @@ from streamx.threads import run_all, thread_count
 
 log = logging.getLogger("streamx")
 T = TypeVar("T")
-SAMPLED_FILES = 16  # whose rows show how the values compress
 
 # What decides the bytes of a store; the rest (memory, threads, on_error) may change between runs.
 _DECISIVE = (
@@ -287,16 +286,7 @@ def _plan(
 ) -> tuple[Content, list[Slab]]:
     """Everything that names and obs decide, before a value is read; arrays over cells lie in the folder."""
     keys = _file_keys(sources, base, fingerprint)
-    axes = []
-    for source in sources:
-        with blame(source):
-            names = genes.resolve_names(
-                source.var_names,
-                rule=config.duplicate_genes,
-                strip_versions=config.strip_versions,
-                where=source.location,
-            )
-            axes.append(names)
+    axes = [_axis_of(source, config) for source in sources]
     axis = list(base.var_names) if base is not None else genes.join_genes(axes, config.join)
     columns = [genes.column_map(names, axis) for names in axes]
     files, batch_key = cells_of(sources, keys, fingerprint["settings"])
@@ -332,8 +322,9 @@ def _plan(
         slabs += slabs_of(source, key, cols, rows, len(axis), obsm, config, memory, most)
         seen.append(found)
     obs = laid.in_order(order)
+    dense = 4 * sum(len(names) for names, _ in obsm.values())
     needs = needs_of(
-        sample_of(seen, lengths, obsm), obs, slabs, preset=config.preset, shard_rows=config.shard_rows,
+        sample_of(seen, lengths, dense), obs, slabs, preset=config.preset, shard_rows=config.shard_rows,
         memory=memory, threads=thread_count(config.threads),
     )  # fmt: skip
     content = Content(
@@ -352,16 +343,15 @@ def _plan(
     return content, slabs
 
 
-def sample_of(
-    seen: Sequence[csr_matrix], lengths: Sequence[int], obsm: Mapping[str, tuple[list[str], Any]]
-) -> Sample:
-    """Rows of some of the files, and the values of all of them by the share of rows that was seen."""
-    nnz = sum(found.nnz / found.shape[0] * n for found, n in zip(seen, lengths, strict=True))
-    some = vstack(seen[:SAMPLED_FILES], format="csr")
-    if some.dtype.kind == "f" and (some.data == np.rint(some.data)).all():
-        some = some.astype(np.int64)
-    some.sort_indices()
-    return Sample(some, int(nnz), 4 * sum(len(names) for names, _ in obsm.values()))
+def _axis_of(source: Source, config: ConvertConfig) -> list[str | None]:
+    """The names that a file's columns go by."""
+    with blame(source):
+        return genes.resolve_names(
+            source.var_names,
+            rule=config.duplicate_genes,
+            strip_versions=config.strip_versions,
+            where=source.location,
+        )
 
 
 def _file_keys(sources: list[Source], base: Collection | None, fingerprint: dict[str, Any]) -> list[str]:

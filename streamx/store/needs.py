@@ -25,6 +25,7 @@ from streamx.store.text import Text
 SLAB_BYTES = 17  # of memory per value of a slab, while it is read, moved to its columns and sorted
 ROW_BYTES = 48  # of disk per cell: order, place, end, hash of the name
 SAMPLE_ROWS = 4096
+SAMPLED_FILES = 16  # whose rows show how the values compress
 SURE = 0.7  # a prediction is right within 30 %
 
 
@@ -54,6 +55,16 @@ class Sample:
     x_ng: sparse.csr_matrix
     nnz: int
     dense_row_bytes: int = 0
+
+
+def sample_of(seen: Sequence[sparse.csr_matrix], lengths: Sequence[int], dense_row_bytes: int) -> Sample:
+    """Rows of some of the files, and the values of all of them by the share of rows that was seen."""
+    nnz = sum(found.nnz / found.shape[0] * n for found, n in zip(seen, lengths, strict=True))
+    some = sparse.vstack(seen[:SAMPLED_FILES], format="csr")
+    if some.dtype.kind == "f" and (some.data == np.rint(some.data)).all():
+        some = some.astype(np.int64)
+    some.sort_indices()
+    return Sample(some, int(nnz), dense_row_bytes)
 
 
 def at_once(shard_values: int, memory: int, threads: int) -> int:

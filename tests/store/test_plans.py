@@ -22,7 +22,8 @@ from streamx.store.frame import read_frame
 from streamx.store.journal import Journal, first_difference
 from streamx.store.location import Location, describe
 from streamx.store.manifest import MARKER, read_generation
-from streamx.store.pack import Content, plan_shards, write_part
+from streamx.store.pack import Content, write_part
+from streamx.store.plan import plan_shards
 from streamx.store.read import plan_reads
 from streamx.store.spill import Slab, Spill, spill
 
