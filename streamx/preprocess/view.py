@@ -33,7 +33,7 @@ from streamx.store.text import Text
 
 TOTAL, ROW = "_streamx_total", "_streamx_row"
 BYTES_PER_VALUE = 40  # of a slab while it is read, cut and sorted
-MAX_SLAB_ROWS = 1 << 15
+MAX_SLAB_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,10 @@ def take(block: csr_matrix, wanted: np.ndarray, chosen: np.ndarray) -> csr_matri
     indptr = np.zeros(len(wanted) + 1, dtype=np.int64)
     indices, data = np.empty(room, dtype=np.int32), np.empty(room, dtype=block.dtype)
     n = pick_columns(block.indptr, block.indices, block.data, wanted, position_g, indptr, indices, data)
-    taken = csr_matrix((data[:n].copy(), indices[:n].copy(), indptr), shape=(len(wanted), len(chosen)))
+    data, indices = data[:n], indices[:n]
+    if 2 * n < room:  # else what is left over costs less than a copy
+        data, indices = data.copy(), indices.copy()
+    taken = csr_matrix((data, indices, indptr), shape=(len(wanted), len(chosen)))
     taken.sort_indices()  # a list of features may reorder them
     return taken
 
