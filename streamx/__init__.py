@@ -23,6 +23,7 @@ _PUBLIC: dict[str, str] = {
     "transfer": "streamx.mapping:transfer",
     "metrics": "streamx.mapping:metrics",
     "integrate": "streamx.integrate:integrate",
+    "simulate": "streamx.simulate.write:simulate",
     "SCALEX": "streamx.integrate:SCALEX",
     "pl": "streamx.plots",
 }

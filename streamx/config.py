@@ -102,6 +102,30 @@ class ConvertConfig:
 
 
 @dataclass(frozen=True)
+class SimulateConfig:
+    n_cells: int = option(100_000, "number of cells")
+    n_genes: int = option(2000, "number of genes (or peaks)")
+    n_batches: int = option(8, "number of batches")
+    n_types: int = option(12, "number of cell types")
+    batch_effect: float = option(
+        0.3, "standard deviation of a batch's factor per gene, in logarithms; 0 for none"
+    )
+    depth: int = option(260, "median transcripts (fragments) per cell; the tail is long")
+    features: str = option(
+        "genes", "genes; or peaks of the same cells, for the same seed", choices=("genes", "peaks")
+    )
+    n_proteins: int = option(0, "number of surface proteins, in obsm protein_expression")
+    n_columns: int = option(0, "number of further obs columns, of random numbers and texts")
+    format: str = option(
+        "store", "one streamx store, or a folder with one h5ad per batch", choices=("store", "h5ad")
+    )
+    shard_rows: int = option(ConvertConfig.shard_rows, "cells per shard, at most")
+    seed: int = option(0, "seed; with the other settings above it decides every count")
+    memory: str = option("4GB", "memory that the work may use")
+    threads: int = option(0, "threads (0: one per core)")
+
+
+@dataclass(frozen=True)
 class PreprocessConfig:
     profile: str = option(
         "RNA", "RNA, ATAC, or counts (select features, no transform)", choices=("RNA", "ATAC", "counts")

@@ -24,13 +24,15 @@ from streamx.config import ProjectConfig, build, parse_bytes
 from streamx.errors import InputError, ResourceError, SettingsChangedError, UsageError, warn
 from streamx.loader.plan import permutation
 from streamx.loader.transform import apply_transform
+from streamx.memory import steady_memory
 from streamx.models.matched import QUERY_BATCH_SAMPLE, as_statistics, fit_query, normalised, stay
 from streamx.models.scalex import encode, encode_by_minibatch, norm_stats, running_stats
-from streamx.query import Block, Query, Request, open_query, query_obs, read_blocks, requests
+from streamx.query import Block, Query, Request, lay_blocks, open_query, query_obs, read_blocks, requests
 from streamx.store.bucket import cache_folder
 from streamx.store.journal import first_difference
 from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
+from streamx.store.scratch import new_array, pieces
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.feed import query_input
 from streamx.train.latent import ORIGINAL
@@ -91,6 +93,7 @@ def project(
         )
     if config.norm is None:
         config = replace(config, norm="minibatch" if model.clusters is None else "matched")
+    steady_memory()
     asked = requests(queries)
     model.module.to(pick_device(config.device))
     reports = []
@@ -119,6 +122,7 @@ def _project_one(
 ) -> dict[str, Any]:
     memory = parse_bytes(config.memory)
     target = out.below(f"{request.name}.zarr")
+    scratch = Path(tempfile.mkdtemp(dir=scratch))
     query = open_query(request, model, config, scratch=scratch, memory=memory)
     try:
         fingerprint = {
@@ -135,7 +139,7 @@ def _project_one(
         _write(target, query, mapped, model, config, fingerprint, report)
     finally:
         query.close()
-        shutil.rmtree(scratch / "inputs", ignore_errors=True)  # copies from a bucket
+        shutil.rmtree(scratch, ignore_errors=True)
     n_passed = int(query.passed_n.sum())
     return report | {"status": "done", "n_passed": n_passed, "reference_statistics": mapped.small}
 
@@ -150,8 +154,11 @@ def _gene_report(query: Query) -> dict[str, Any]:
 
 
 def _map(model: Model, query: Query, config: ProjectConfig, memory: int, progress: bool) -> _Mapped:
-    """Latents; reads the query once, and once more per statistic if it does not fit into half the memory."""
-    z_nk = np.full((query.n_obs, model.module.config.n_latent), np.nan, np.float32)
+    """Latents; reads the query once. What passed is laid down in the scratch folder for further passes."""
+    n_latent = model.module.config.n_latent
+    z_nk = new_array(query.scratch / "latents", query.n_obs * n_latent, np.float32).reshape(-1, n_latent)
+    for low, high in pieces(query.n_obs):
+        z_nk[low:high] = np.nan
     own_scale = config.scale == "query" and model.transform.scale is not None
     blocks: Callable[[], Iterable[Block]] = lambda: _watched(  # noqa: E731
         query, read_blocks(query, model, config, memory), progress
@@ -161,17 +168,18 @@ def _map(model: Model, query: Query, config: ProjectConfig, memory: int, progres
     pooled_g = model.pooled_scale_g
     scale_bg = None if pooled_g is None else np.tile(pooled_g, (n_batches, 1))
     if config.norm != "running" or own_scale:
-        kept = _keep(blocks(), memory // 2)
-        if kept is not None:
-            blocks = lambda: kept  # noqa: E731
-        elif config.norm == "minibatch":
+        kept = lay_blocks(blocks(), query.scratch / "blocks", len(model.genes))
+        blocks = lambda: kept  # noqa: E731
+        if config.norm == "minibatch" and kept.nbytes > memory // 2:
             raise ResourceError(
                 f"norm minibatch draws cells at random from the whole query, which takes more than half of "
                 f"{config.memory}",
                 where=query.name,
                 fix="--norm domain, its exact limit; or more --memory",
             )
-        n_b = np.bincount(query.code_n[query.passed_n], minlength=n_batches)
+        n_b = np.zeros(n_batches, np.int64)
+        for low, high in pieces(query.n_obs):
+            n_b += np.bincount(query.code_n[low:high][query.passed_n[low:high]], minlength=n_batches)
         small = np.flatnonzero(n_b < config.min_query_cells).tolist()
         _warn_small(query, n_b, small, config)
         if own_scale:
@@ -243,12 +251,7 @@ def _matched(model: Model, inputs: _Inputs, query: Query, small: list[int]) -> t
     the order of files nor that of cells matters.
     """
     assert model.clusters is not None
-    key_n = pd.util.hash_array(np.concatenate([source.obs_names for source in query.sources]))
-    chosen = [
-        np.flatnonzero(query.passed_n & (query.code_n == b)) if b not in small else np.empty(0, np.int64)
-        for b in range(len(query.batches))
-    ]
-    chosen = [rows[np.argsort(key_n[rows], kind="stable")[:QUERY_BATCH_SAMPLE]] for rows in chosen]
+    chosen = _sampled(query, small)
     wanted = np.zeros(query.n_obs, dtype=bool)
     wanted[np.concatenate(chosen)] = True
     found_n, found_nh = [], []
@@ -260,14 +263,34 @@ def _matched(model: Model, inputs: _Inputs, query: Query, small: list[int]) -> t
             found_nh.append(normalised(model.module, query_input(x_ng, inputs.device)))
     moves = [stay(model.module.config.n_hidden)] * len(query.batches)
     if found_n:
-        position = np.empty(query.n_obs, dtype=np.int64)
-        position[np.concatenate(found_n)] = np.arange(wanted.sum())
-        u_nh = np.concatenate(found_nh)
+        found, u_nh = np.concatenate(found_n), np.concatenate(found_nh)  # rows come in order
         for b, rows in enumerate(chosen):
             if len(rows):
-                moves[b] = fit_query(model.module, u_nh[position[rows]], model.clusters)
+                moves[b] = fit_query(model.module, u_nh[np.searchsorted(found, rows)], model.clusters)
     mean_bh, var_bh = zip(*(as_statistics(model.module, move) for move in moves), strict=True)
     return np.stack(mean_bh), np.stack(var_bh)
+
+
+def _sampled(query: Query, small: list[int]) -> list[np.ndarray]:
+    """Per batch that is not small, its rows with the least hashes of names, by hash."""
+    keys = [np.zeros(0, np.uint64) for _ in query.batches]
+    rows = [np.zeros(0, np.int64) for _ in query.batches]
+    first = 0
+    for source in query.sources:
+        for low, high in pieces(source.n_obs):
+            span = slice(first + low, first + high)
+            key_n = pd.util.hash_array(source.obs_names[low:high])
+            code_n, passed_n = np.asarray(query.code_n[span]), query.passed_n[span]
+            for b in np.unique(code_n[passed_n]).tolist():
+                if b in small:
+                    continue
+                mine = np.flatnonzero(passed_n & (code_n == b))
+                keys[b] = np.concatenate([keys[b], key_n[mine]])
+                rows[b] = np.concatenate([rows[b], mine + span.start])
+                least = np.argsort(keys[b], kind="stable")[:QUERY_BATCH_SAMPLE]
+                keys[b], rows[b] = keys[b][least], rows[b][least]
+        first += source.n_obs
+    return rows
 
 
 def _encoded_by_minibatch(
@@ -315,19 +338,6 @@ def _query_scale(
     return scale_bg
 
 
-def _keep(blocks: Iterable[Block], limit: int) -> list[Block] | None:
-    """All blocks, or None if they take more bytes than the limit (they are read to the end all the same)."""
-    kept: list[Block] | None = []
-    n_bytes = 0
-    for block in blocks:
-        n_bytes += block.nbytes
-        if n_bytes > limit:
-            kept = None
-        if kept is not None:
-            kept.append(block)
-    return kept
-
-
 def _watched(query: Query, blocks: Iterable[Block], progress: bool) -> Iterator[Block]:
     """The blocks, with a bar over the cells read."""
     bar = tqdm(
@@ -363,11 +373,12 @@ def _write(
     fingerprint: dict[str, Any],
     report: dict[str, Any],
 ) -> None:
-    obs = query_obs(query)
-    obs["passed_qc"] = query.passed_n
     z_nk = mapped.z_nk
+    order: np.ndarray | int = query.n_obs
     if config.drop_filtered:
-        obs, z_nk = obs[query.passed_n], z_nk[query.passed_n]
+        order = np.flatnonzero(query.passed_n)
+        z_nk = z_nk[order]
+    obs = query_obs(query, order, query.scratch / "obs")
     least = min(query.maps, key=lambda gene_map: gene_map.found)
     about = {
         "query": query.name,

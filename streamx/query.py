@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +19,19 @@ from streamx.errors import BatchError, EmptyError, UsageError, warn
 from streamx.preprocess.qc import names_to_use
 from streamx.schema import align, check_overlap
 from streamx.store import cells, genes
+from streamx.store.columns import Column, file_of, gathered
+from streamx.store.filed import lay_files, piece_rows
 from streamx.store.frame import as_text
 from streamx.store.ingest import Source, check_counts, open_sources
 from streamx.store.ingest.inputs import expand, unique_keys
+from streamx.store.obs import Obs
+from streamx.store.order import unique_names
+from streamx.store.scratch import new_array, pieces
 from streamx.train.model import Model
 
 _NAMED = re.compile(r"^([^=/\\]+)=(.+)$", re.DOTALL)
 BLOCK_ROWS = 4096
+PASSED = "passed_qc"
 _BYTES_PER_VALUE = 32  # of a block while it is checked, filtered and mapped
 _LOSS_WORTH_A_WARNING = 0.2
 
@@ -56,11 +64,6 @@ class Block:
     x_ng: sparse.csr_matrix
     total_n: np.ndarray
     batch_n: np.ndarray
-
-    @property
-    def nbytes(self) -> int:
-        x = self.x_ng
-        return x.data.nbytes + x.indices.nbytes + x.indptr.nbytes + 24 * len(self.row_n)
 
 
 @dataclass(frozen=True)
@@ -105,12 +108,13 @@ class Query:
     maps: list[GeneMap]
     batches: list[str]
     code_n: np.ndarray
+    scratch: Path
     read: bool = False
     n_features_n: np.ndarray = field(init=False)
     passed_n: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        self.n_features_n = np.zeros(self.n_obs, np.int64)
+        self.n_features_n = new_array(self.scratch / "features", self.n_obs, np.int32)
         self.passed_n = np.zeros(self.n_obs, bool)
 
     @property
@@ -189,9 +193,8 @@ def open_query(request: Request, model: Model, config: ProjectConfig, *, scratch
     )
     try:
         maps = [map_genes(source, model, config) for source in sources]
-        names = [_batch_names(source, config.batch_key, request.name) for source in sources]
-        codes, batches = pd.factorize(np.concatenate(names), sort=True)
-        return Query(request.name, sources, maps, [str(b) for b in batches], codes.astype(np.int64))
+        batches, code_n = _batches(sources, config.batch_key, request.name, scratch / "batches")
+        return Query(request.name, sources, maps, batches, code_n, scratch)
     except BaseException:
         for source in sources:
             source.close()
@@ -245,6 +248,58 @@ def read_blocks(query: Query, model: Model, config: ProjectConfig, memory: int) 
 
 
 @dataclass(frozen=True)
+class Laid:
+    """Blocks on disk, read one after the other."""
+
+    folder: Path
+    n_genes: int
+    sizes: list[tuple[int, int]]  # rows and values of each
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take in memory."""
+        return sum(8 * values + 32 * rows for rows, values in self.sizes)
+
+    def __iter__(self) -> Iterator[Block]:
+        with ExitStack() as stack:
+            files = {name: stack.enter_context((self.folder / name).open("rb")) for name in _FIELDS}
+
+            def read(name: str, n: int) -> np.ndarray:
+                return np.fromfile(files[name], _FIELDS[name], n)
+
+            for rows, values in self.sizes:
+                row_n, total_n, batch_n = (read(name, rows) for name in ("row", "total", "batch"))
+                arrays = read("data", values), read("indices", values), read("indptr", rows + 1)
+                x_ng = sparse.csr_matrix(arrays, shape=(rows, self.n_genes))
+                yield Block(row_n, x_ng, total_n, batch_n)
+
+
+_FIELDS: dict[str, Any] = {
+    "row": np.int64,
+    "total": np.float64,
+    "batch": np.int64,
+    "indptr": np.int32,
+    "indices": np.int32,
+    "data": np.float32,
+}
+
+
+def lay_blocks(blocks: Iterable[Block], folder: Path, n_genes: int) -> Laid:
+    """Blocks, each written when it comes, for as many passes as it takes: memory holds one of them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = []
+    with ExitStack() as stack:
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in _FIELDS}
+        for block in blocks:
+            x = block.x_ng
+            values = (block.row_n, block.total_n, block.batch_n, x.indptr, x.indices, x.data)
+            for (name, dtype), array in zip(_FIELDS.items(), values, strict=True):
+                files[name].write(np.ascontiguousarray(array, dtype=dtype).data)
+            sizes.append((len(block.row_n), x.nnz))
+    return Laid(folder, n_genes, sizes)
+
+
+@dataclass(frozen=True)
 class _Kept:
     x_ng: sparse.csr_matrix
     total_n: np.ndarray
@@ -271,15 +326,15 @@ def _report_filter(query: Query, least: int) -> None:
     left = int(query.passed_n.sum())
     features_n = query.n_features_n
     if left == 0:
-        works = int(np.quantile(features_n, 0.1))
+        works = int(quantiles(features_n, 0.1)[0])
         raise EmptyError(
             f"none of {query.n_obs:,} cells has {least} detected features; half of them have at least "
-            f"{int(np.median(features_n))}",
+            f"{int(quantiles(features_n, 0.5)[0])}",
             where=query.name,
             fix=f"--min-features {max(works, 1)} keeps nine in ten",
         )
     if query.n_obs - left > _LOSS_WORTH_A_WARNING * query.n_obs:
-        low, half, high = np.quantile(features_n, [0.05, 0.5, 0.95]).astype(int)
+        low, half, high = quantiles(features_n, 0.05, 0.5, 0.95).astype(int)
         warn(
             f"min_features {least} leaves {query.n_obs - left:,} of {query.n_obs:,} cells without a latent "
             f"(features per cell: 5 % {low}, median {half}, 95 % {high})",
@@ -288,20 +343,55 @@ def _report_filter(query: Query, least: int) -> None:
         )
 
 
-def _batch_names(source: Source, batch_key: str | None, name: str) -> np.ndarray:
-    """Name of each cell's batch: of the column, else the query's own name."""
+def quantiles(count_n: np.ndarray, *q: float) -> np.ndarray:
+    """numpy's quantiles of small counts, from how often each occurs."""
+    times = np.zeros(1, np.int64)
+    for low, high in pieces(len(count_n)):
+        found = np.bincount(count_n[low:high], minlength=len(times))
+        found[: len(times)] += times
+        times = found
+    ends = np.cumsum(times)
+    at = np.array(q) * (ends[-1] - 1)
+    below, above = (np.searchsorted(ends, place, side="right") for place in (np.floor(at), np.ceil(at)))
+    return below + (above - below) * (at - np.floor(at))
+
+
+def _batches(
+    sources: list[Source], batch_key: str | None, name: str, path: Path
+) -> tuple[list[str], np.ndarray]:
+    """Names of the batches, sorted, and each cell's: of the column, else the query's own name."""
+    n = sum(source.n_obs for source in sources)
     if batch_key is None:
-        return np.full(source.n_obs, name, dtype=object)
-    if batch_key not in source.obs.columns:
+        return [name], np.broadcast_to(np.int64(0), n)
+    found: dict[str, int] = {}
+    code_n, first = new_array(path, n, np.int32), 0
+    for source in sources:
+        for low, high in piece_rows(source):
+            names = _batch_names(source, batch_key, low, high)
+            codes, unique = pd.factorize(names)
+            known = np.array([found.setdefault(str(b), len(found)) for b in unique], np.int32)
+            code_n[first + low : first + high] = known[codes]
+        first += source.n_obs
+    batches = sorted(found)
+    rank = np.empty(len(found), np.int32)
+    rank[[found[b] for b in batches]] = np.arange(len(batches))
+    for low, high in pieces(n):
+        code_n[low:high] = rank[code_n[low:high]]
+    return batches, code_n
+
+
+def _batch_names(source: Source, batch_key: str, low: int, high: int) -> np.ndarray:
+    """Name of the batch of the cells low..high of a source."""
+    if batch_key not in source.cells.columns:
         raise BatchError(
             f"no obs column {batch_key!r}",
             where=source.location,
-            fix=f"--batch-key with one of: {', '.join(map(str, source.obs.columns))}; or leave it out",
+            fix=f"--batch-key with one of: {', '.join(map(str, source.cells.columns))}; or leave it out",
         )
-    names = as_text(source.obs[batch_key])
+    names = as_text(source.cells.rows(low, high)[batch_key])
     missing = names.isna().to_numpy()
     if missing.any():
-        cell = source.obs_names[int(np.argmax(missing))]
+        cell = source.obs_names[low + int(np.argmax(missing))]
         raise BatchError(
             f"{int(missing.sum()):,} cells have no batch in {batch_key!r}, the first is {cell!r}",
             where=source.location,
@@ -310,21 +400,29 @@ def _batch_names(source: Source, batch_key: str | None, name: str) -> np.ndarray
     return names.to_numpy(dtype=object)
 
 
-def query_obs(query: Query) -> pd.DataFrame:
-    """obs of all cells, in input order, under their original names.
+def query_obs(query: Query, order: np.ndarray | int, folder: Path) -> Obs:
+    """obs of some cells, in the order given, under their original names; files for it lie in the folder.
 
     Several files: the union of their columns, and a column with each cell's file. Names that occur twice get
     their file's key; the original ones are kept in a column then.
     """
-    frames = {
-        source.key: cells.rename_columns(source.obs.copy(), {}, source.location) for source in query.sources
-    }
-    obs = cells.unite(list(frames.values()), "")
-    originals = obs.index
-    if originals.has_duplicates:
-        obs.index = pd.Index(cells.unique_names(frames), dtype=object)
-        obs[cells.NAME] = originals.to_numpy(dtype=object)
-    if len(frames) > 1:
-        lengths = [len(frame) for frame in frames.values()]
-        obs[cells.FILE] = pd.Categorical(np.repeat(list(frames), lengths), categories=sorted(frames))
-    return obs
+    sources, lengths = query.sources, [source.n_obs for source in query.sources]
+    files: list[cells.Pieces] = [partial(_obs_pieces, source) for source in sources]
+    schema, _ = cells.plan_columns(files, lengths, "")
+    originals, laid = lay_files(sources, files, schema, folder)
+    columns: dict[str, Any] = dict(laid)
+    names = unique_names(originals, [source.key for source in sources], lengths, folder)
+    if names is not originals:
+        schema[cells.NAME], columns[cells.NAME] = {"dtype": "string"}, Column(originals, None)
+    if len(sources) > 1:
+        keys = sorted(source.key for source in sources)
+        code_f = np.array([keys.index(source.key) for source in sources], np.int32)
+        schema[cells.FILE] = {"dtype": "category", "categories": keys}
+        columns[cells.FILE] = lambda rows: code_f[file_of(rows, lengths)[0]]
+    schema[PASSED], columns[PASSED] = {"dtype": "bool"}, query.passed_n.__getitem__
+    return gathered(order, names, columns, schema)
+
+
+def _obs_pieces(source: Source) -> Iterator[pd.DataFrame]:
+    for low, high in piece_rows(source):
+        yield cells.rename_columns(source.cells.rows(low, high), {}, source.location)

@@ -19,7 +19,7 @@ from streamx.cli.main import VERBS
 
 PACKAGE = Path(streamx.__file__).parent
 
-CORE = {"errors", "schema", "config", "threads"}
+CORE = {"errors", "schema", "config", "threads", "compiled", "memory"}
 DATA = CORE | {"store", "preprocess", "loader"}
 
 # room -> rooms of streamx that it may import (itself always)
@@ -28,6 +28,9 @@ ROOMS: dict[str, set[str]] = {
     "schema": CORE,
     "config": CORE,
     "threads": CORE,
+    "compiled": set(),
+    "memory": CORE,
+    "simulate": CORE | {"store"},
     "store": CORE,
     "preprocess": CORE | {"store"},
     "loader": CORE | {"store", "preprocess"},
@@ -48,7 +51,8 @@ ROOMS: dict[str, set[str]] = {
     "demo": {"demo"},
     "__main__": {"cli"},
     "cli": DATA
-    | {"models", "train", "interop", "project", "mapping", "integrate", "verify", "figures", "plots", "demo"},
+    | {"models", "train", "interop", "project", "mapping", "integrate", "verify", "figures", "plots", "demo"}
+    | {"simulate"},
 }
 
 # room -> packages of others that it must not import

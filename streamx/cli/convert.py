@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from streamx.cli.info import show
 from streamx.cli.verb import Result, Verb, add_settings, given
@@ -30,7 +31,8 @@ def run(args: argparse.Namespace) -> Result:
     settings = given(args, ConvertConfig)
     done = convert_files(args.inputs, args.output, append=args.append, **settings)
     skipped = [{"input": error.where, "error": error.what} for error in done.skipped]
-    return {"store": args.output, **done.collection.summary(), "skipped": skipped}
+    predicted = {"predicted": asdict(done.needs)} if done.needs is not None else {}
+    return {"store": args.output, **done.collection.summary(), "skipped": skipped, **predicted}
 
 
 def exit_code(result: Result) -> int:

@@ -65,7 +65,9 @@ def describe_model(location: Location) -> Result:
 
 def show(result: Result) -> str:
     """Names and values; batches below each other; the view's recipe only with --json."""
-    text = columns({key: value for key, value in result.items() if key not in ("batches", "view")})
+    text = columns(
+        {key: value for key, value in result.items() if key not in ("batches", "view", "predicted")}
+    )
     if isinstance(result.get("batches"), dict) and result["batches"]:
         rows = [{"batch": name, "cells": cells} for name, cells in result["batches"].items()]
         text += "\n" + columns({"batches": rows})

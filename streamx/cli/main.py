@@ -32,6 +32,7 @@ from streamx.cli import (
     plot,
     preprocess,
     project,
+    simulate,
     train,
     transfer,
     verify,
@@ -54,6 +55,7 @@ VERBS: tuple[Verb, ...] = tuple(
         metrics,
         plot,
         integrate,
+        simulate,
         demo,
     )
 )

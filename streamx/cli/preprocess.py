@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 
 from streamx.cli.info import show
 from streamx.cli.verb import Result, Verb, add_settings, given
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> Result:
         raise UsageError("--update takes the view alone", fix="streamx preprocess --update VIEW")
     if not args.update and not (args.store and args.output):
         raise UsageError("a STORE and -o VIEW are needed", fix="streamx preprocess STORE -o VIEW")
-    from streamx.preprocess.run import preprocess, update_view
+    from streamx.preprocess.run import preprocess_store, update_view
 
     if args.update:
         frozen = sorted(set(settings) - {"memory", "threads"})
@@ -38,8 +39,9 @@ def run(args: argparse.Namespace) -> Result:
             )
         view = update_view(args.update, **settings)
         return {"path": args.update, **view.summary()}
-    view = preprocess(args.store, args.output, **settings)
-    return {"path": args.output, **view.summary()}
+    view, needs = preprocess_store(args.store, args.output, **settings)
+    predicted = {"predicted": asdict(needs)} if needs is not None else {}
+    return {"path": args.output, **view.summary(), **predicted}
 
 
 VERB = Verb(

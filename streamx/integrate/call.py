@@ -254,7 +254,7 @@ def _peek(item: Any, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".peek-") as scratch:
         source = open_sources([item], scratch=Path(scratch), memory=1 << 30)[0]
         with closing(source):
-            return tuple(map(str, source.obs.columns)), tuple(source.obsm)
+            return tuple(map(str, source.cells.columns)), tuple(source.obsm)
 
 
 def _view(store: Collection, call: IntegrateConfig, folder: Path, names: list[str] | None) -> Collection:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamx.store.decode import compiled
+from streamx.compiled import compiled
 
 REMEMBERED = 16  # small counts, whose value is computed once per cell
 

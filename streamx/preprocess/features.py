@@ -113,14 +113,19 @@ def select_features(
         rows, cells.code_n, cells.admitted_n, counting, resources=resources, title="features per cell"
     )
     kept_n = cells_to_keep(
-        first.cell_n, cells.code_n, cells.admitted_n, min_features=recipe.min_features, batches=cells.batches
+        first.cell_n,
+        cells.code_n,
+        cells.admitted_n,
+        min_features=recipe.min_features,
+        batches=cells.batches,
+        path=None if resources.scratch is None else resources.scratch / "kept",
     )
     raw = first.moments
     keep_g = genes_to_keep(pool(raw).detected_bg[0], use_g, min_cells=recipe.min_cells)
     log.info(
         "%d of %d cells, %d of %d features kept",
-        kept_n.sum(),
-        cells.admitted_n.sum(),
+        np.count_nonzero(kept_n),
+        np.count_nonzero(cells.admitted_n),
         keep_g.sum(),
         len(names),
     )
@@ -278,7 +283,7 @@ def standardised(
 
 
 def _search_peaks(rows: Rows, known: _Known) -> _Found:
-    recipe, n_cells = known.recipe, int(known.kept_n.sum())
+    recipe, n_cells = known.recipe, int(np.count_nonzero(known.kept_n))
     on_binary = recipe.peaks_on == "binary"
     if not on_binary:
         piece, logged = _second(rows, known)

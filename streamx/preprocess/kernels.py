@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from streamx.store.decode import compiled
+from streamx.compiled import compiled
 
 DETECTED, SUM, SQUARES, MAX = range(4)
 

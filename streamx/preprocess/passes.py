@@ -11,8 +11,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from streamx.errors import ResourceError
 from streamx.preprocess import kernels
 from streamx.preprocess.moments import Moments, merge
 from streamx.preprocess.rows import Rows
+from streamx.store.scratch import new_array
 
 TASK_ROWS = 16_384
 FAN_IN = 8
@@ -132,11 +134,13 @@ class Resources:
     threads: int = 1
     slab_rows: int = 4096
     progress: bool = False
+    scratch: Path | None = None  # folder for arrays over cells; None keeps them in memory
 
 
 def plan_resources(
-    nnz_per_row: float, n_genes: int, n_batches: int, *, memory: int, threads: int, progress: bool = False
-) -> Resources:
+    nnz_per_row: float, n_genes: int, n_batches: int, *, memory: int, threads: int, progress: bool = False,
+    scratch: Path | None = None,
+) -> Resources:  # fmt: skip
     """Threads, and rows read at a time, that fit into the memory.
 
     Parameters
@@ -149,6 +153,8 @@ def plan_resources(
         Bytes.
     threads
         Wanted; 0 for one per core.
+    scratch
+        Folder for arrays over cells; None keeps them in memory.
 
     Raises
     ------
@@ -168,12 +174,15 @@ def plan_resources(
         )
     used = max(1, min(wanted, int((memory - fixed) / (1024 * per_row + 2 * table))))
     slab = ((memory - fixed) / used - 2 * table) / per_row
-    return Resources(used, int(np.clip(slab, 256, 4096)), progress)
+    return Resources(used, int(np.clip(slab, 256, 4096)), progress, scratch)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """What a task returns, and what neighbouring ones become: moments, and a property of each cell."""
+    """What a task returns, and what neighbouring ones become: moments, and a property of each cell.
+
+    Tasks of this process write the property where it belongs, and return none of it.
+    """
 
     moments: Moments
     cell_n: np.ndarray
@@ -206,15 +215,19 @@ def add_rows(
     admitted_n: np.ndarray,
     chain: Sequence[Pass],
     slab_rows: int,
+    given: Sequence[np.ndarray] | None = None,
 ) -> tuple[Piece, ...]:
     """One task: the rows from `start` on, of which `code_n` and `admitted_n` tell batch and use.
 
     Each pass of the chain sees the cells that the one before counted. Slabs without an admitted row are not
-    read.
+    read. `given` takes the cells' properties, one array per pass; without it they are returned.
     """
+    code_n, admitted_n = np.asarray(code_n), np.asarray(admitted_n)
     codes = np.unique(code_n[admitted_n]).astype(np.int64)
     tables = [np.zeros((len(codes), rows.n_vars, 4)) for _ in chain]
-    cells = [np.full(len(code_n), what.empty, dtype=what.dtype) for what in chain]
+    cells = list(given or [np.empty(len(code_n), dtype=what.dtype) for what in chain])
+    for cell_n, what in zip(cells, chain, strict=True):
+        cell_n[:] = what.empty
     n_b = np.zeros((len(chain), len(codes)), np.int64)
     for low in range(0, len(code_n), slab_rows):
         high = min(low + slab_rows, len(code_n))
@@ -234,9 +247,9 @@ def add_rows(
                 here_n = what.counted(cells[step][mine], here_n)
                 n_b[step, k] += np.count_nonzero(here_n)
     some = n_b > 0
+    found = [Moments(codes[some[k]], n_b[k, some[k]], tables[k][some[k]]) for k in range(len(chain))]
     return tuple(
-        Piece(Moments(codes[some[step]], n_b[step, some[step]], tables[step][some[step]]), cells[step])
-        for step in range(len(chain))
+        Piece(moments, cell_n[:0] if given else cell_n) for moments, cell_n in zip(found, cells, strict=True)
     )
 
 
@@ -272,14 +285,29 @@ def run_pass(
     from dask import delayed
 
     task, combine = delayed(add_rows, traverse=False), delayed(join_pieces)
+    here = not _client_active()
+    out = [_cell_array(resources, f"{title} {k}", len(code_n), what) for k, what in enumerate(chain)]
     level = []
     for low in range(0, max(1, len(code_n)), TASK_ROWS):
         mine = slice(low, low + TASK_ROWS)
-        level.append(task(rows, first + low, code_n[mine], admitted_n[mine], chain, resources.slab_rows))
+        given = [cell_n[mine] for cell_n in out] if here else None
+        level.append(
+            task(rows, first + low, code_n[mine], admitted_n[mine], chain, resources.slab_rows, given)
+        )
     n_tasks = len(level)
     while len(level) > 1:
         level = [combine(level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
-    return _compute(level[0], n_tasks, resources, title)
+    found = _compute(level[0], n_tasks, resources, title)
+    return (
+        tuple(replace(piece, cell_n=cell_n) for piece, cell_n in zip(found, out, strict=True))
+        if here
+        else found
+    )
+
+
+def _cell_array(resources: Resources, name: str, n: int, what: Pass) -> np.ndarray:
+    folder = resources.scratch
+    return new_array(None if folder is None else folder / name.replace(" ", "-"), n, what.dtype)
 
 
 def _compute(result: Any, n_tasks: int, resources: Resources, title: str) -> tuple[Piece, ...]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from streamx.errors import EmptyError, warn
+from streamx.store.scratch import new_array, pieces
 
 LOSS_WORTH_A_WARNING = 0.2  # share of a batch
 
@@ -27,18 +29,26 @@ def cells_to_keep(
     *,
     min_features: int,
     batches: Sequence[str],
+    path: Path | None = None,
 ) -> np.ndarray:
     """bool (n_cells,): admitted cells with at least `min_features` detected features.
 
     Warns of batches that lose more than a fifth of their cells, with quantiles to choose another limit by.
+    The result lies in a file at `path`, if one is given.
 
     Raises
     ------
     EmptyError
         If no cell is left; names a value that would work.
     """
-    kept_n = admitted_n & (n_features_n >= min_features)
-    if not kept_n.any():
+    kept_n = new_array(path, len(admitted_n), bool)
+    n_b, left_b = np.zeros((2, len(batches)), np.int64)
+    for low, high in pieces(len(admitted_n)):
+        mine = slice(low, high)
+        kept_n[mine] = admitted_n[mine] & (n_features_n[mine] >= min_features)
+        n_b += np.bincount(code_n[mine][admitted_n[mine]], minlength=len(batches))
+        left_b += np.bincount(code_n[mine][kept_n[mine]], minlength=len(batches))
+    if not left_b.any():
         found = n_features_n[admitted_n]
         works = int(np.quantile(found, 0.1)) if len(found) else 0
         raise EmptyError(
@@ -50,8 +60,6 @@ def cells_to_keep(
             ),
             fix=f"--min-features {works} keeps nine in ten" if len(found) else "choose other cells",
         )
-    n_b = np.bincount(code_n[admitted_n], minlength=len(batches))
-    left_b = np.bincount(code_n[kept_n], minlength=len(batches))
     lossy = np.flatnonzero(n_b - left_b > LOSS_WORTH_A_WARNING * n_b)
     if len(lossy):
         lines = [

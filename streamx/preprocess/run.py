@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,15 @@ from streamx.preprocess.view import (
     lay_out,
     view_modalities,
     view_obs,
+    view_sample,
     view_slabs,
     view_var,
     write_view,
 )
 from streamx.store.collection import Collection, open_collection
 from streamx.store.location import Location, crc32c, open_location
+from streamx.store.needs import Needs, needs_of
+from streamx.store.obs import as_obs
 from streamx.store.pack import Content
 from streamx.store.spill import Slab
 from streamx.threads import thread_count
@@ -73,6 +76,13 @@ def preprocess(store: Collection | str | Path, output: str | Path | Location, **
     ResourceError
         If the statistics don't fit into the memory.
     """
+    return preprocess_store(store, output, **settings)[0]
+
+
+def preprocess_store(
+    store: Collection | str | Path, output: str | Path | Location, **settings: Any
+) -> tuple[Collection, Needs | None]:
+    """Like :func:`preprocess`, and also what writing the view was predicted to take (None: it was there)."""
     store = store if isinstance(store, Collection) else open_collection(store)
     if store.kind != "store":
         raise UsageError("is a view; views are made from stores", where=str(store.path))
@@ -108,6 +118,7 @@ def _plan(
     genes: list[str] | None,
     parameters: dict[str, Any],
     fingerprint: dict[str, Any],
+    folder: Path,
 ) -> tuple[Content, list[Slab]]:
     """The statistics, all decisions, and the reading that is left to do."""
     if config.obsm is not None and config.obsm not in store.modalities:
@@ -121,29 +132,37 @@ def _plan(
     memory, threads = parse_bytes(config.memory), thread_count(config.threads)
     rows = rows_of(store, config.obsm)
     names = list(store.var_names) if config.obsm is None else list(store.modalities[config.obsm]["names"])
-    cells = chosen_cells(store, config.batches, config.where)
+    cells = chosen_cells(store, config.batches, config.where, folder=folder)
     nnz = store.nnz / max(1, store.n_obs) if config.obsm is None else rows.n_vars
+    resources = plan_resources(
+        nnz,
+        rows.n_vars,
+        len(cells.batches),
+        memory=memory,
+        threads=threads,
+        progress=True,
+        scratch=folder,
+    )
     selection = select_features(
         rows,
         names,
         cells,
         recipe,
-        resources=plan_resources(
-            nnz, rows.n_vars, len(cells.batches), memory=memory, threads=threads, progress=True
-        ),
+        resources=resources,
         measured_bg=store.measured_bg if config.obsm is None else None,
         allow_unmeasured=config.allow_unmeasured,
         listed=genes,
         as_it_is=config.processed or config.obsm is not None,
     )
-    layout = lay_out(selection.kept_n, cells.code_n, cells.batches, shuffled=len(store.manifest.parts) == 1)
+    one_part = len(store.manifest.parts) == 1
+    layout = lay_out(selection.kept_n, cells.code_n, cells.batches, folder=folder, shuffled=one_part)
     tables = statistics_to_keep(selection, recipe, layout.from_store)
     if selection.scale_bg is not None:
         tables["scale_bg"] = selection.scale_bg[_rows_of(layout.from_store, len(layout.batches))]
     view = describe_view(store, location, recipe, parameters)
     content = Content(
         kind="view",
-        obs=view_obs(store, layout, selection.total_n),
+        obs=view_obs(store, layout, selection.total_n, folder),
         var=view_var(store, selection, config.obsm),
         batch_key=store.batch_key,
         fingerprint=fingerprint,
@@ -153,10 +172,12 @@ def _plan(
         view=view,
     )
     slabs = view_slabs(store, layout, selection.chosen, obsm=config.obsm, memory=memory, threads=threads)
+    sample = view_sample(rows, layout, selection, content.obsm)
+    needs = needs_of(sample, as_obs(content.obs), slabs, memory=memory, threads=threads)
     log.info(
         "%d cells, %d features, %d batches", len(layout.row_n), len(selection.names), len(layout.batches)
     )
-    return content, slabs
+    return replace(content, needs=needs), slabs
 
 
 def _warn_of_the_wrong_values(store: Collection, config: PreprocessConfig) -> None:

@@ -7,6 +7,7 @@ a fresh run would decide otherwise is measured and reported.
 from __future__ import annotations
 
 import logging
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -91,8 +92,7 @@ def update_view(view: Collection | str | Path, *, memory: str = "4GB", threads: 
         log.info("%s holds all rows of its store already", view.path)
         return view
     frozen = _thaw(view, store, first)
-    cells = chosen_cells(store, frozen.parameters["batches"], frozen.parameters["where"], first=first)
-    if not cells.admitted_n.any():
+    if not _any_asked_for(store, frozen.parameters, first):
         log.info("%s: none of the %d new rows is asked for", view.path, store.n_obs - first)
         return view
     fingerprint = {
@@ -103,14 +103,15 @@ def update_view(view: Collection | str | Path, *, memory: str = "4GB", threads: 
         },
         "update_of": view.manifest.fingerprint,
     }
-    return write_view(
+    updated, _ = write_view(
         view.location,
         fingerprint,
-        partial(_plan, frozen, cells, view.location, fingerprint, parse_bytes(memory), thread_count(threads)),
+        partial(_plan, frozen, view.location, fingerprint, parse_bytes(memory), thread_count(threads)),
         append=True,
         memory=parse_bytes(memory),
         threads=thread_count(threads),
     )
+    return updated
 
 
 @dataclass(frozen=True)
@@ -150,19 +151,27 @@ def _thaw(view: Collection, store: Collection, first: int) -> _Frozen:
 
 
 def _plan(
-    frozen: _Frozen, cells: Cells, location: Location, fingerprint: dict[str, Any], memory: int, threads: int
+    frozen: _Frozen,
+    location: Location,
+    fingerprint: dict[str, Any],
+    memory: int,
+    threads: int,
+    folder: Path,
 ) -> tuple[Content, list[Slab]]:
     store, view, first = frozen.store, frozen.view, frozen.first
+    where = frozen.parameters["where"]
+    cells = chosen_cells(store, frozen.parameters["batches"], where, folder=folder, first=first)
     rows = rows_of(store, frozen.obsm)
     nnz = store.nnz / max(1, store.n_obs) if frozen.obsm is None else rows.n_vars
     resources = plan_resources(
-        nnz, rows.n_vars, len(cells.batches), memory=memory, threads=threads, progress=True
+        nnz, rows.n_vars, len(cells.batches), memory=memory, threads=threads, progress=True, scratch=folder
     )
     new = _new_rows(frozen, cells, rows, resources)
     new_parts = sum(int(start) >= first for start in store.part_starts[:-1])
     layout = lay_out(
-        new.kept_n, cells.code_n, cells.batches, first=first, known=view.batches, shuffled=new_parts == 1
-    )
+        new.kept_n, cells.code_n, cells.batches, folder=folder, first=first, known=view.batches,
+        shuffled=new_parts == 1,
+    )  # fmt: skip
     raw, values = (recode(moments, layout.from_store[moments.code_b]) for moments in (new.raw, new.values))
     kept = _merge_statistics(frozen, layout, cells, rows, resources, new, raw, values)
     tables = kept.tables()
@@ -174,7 +183,7 @@ def _plan(
     _report(view, drift, len(layout.row_n), len(layout.batches) - len(view.batches))
     content = Content(
         kind="view",
-        obs=view_obs(store, layout, new.total_n, first=first),
+        obs=view_obs(store, layout, new.total_n, folder),
         var=view.var,
         batch_key=store.batch_key,
         fingerprint=fingerprint,
@@ -189,6 +198,14 @@ def _plan(
     )
     slabs = view_slabs(store, layout, frozen.chosen, obsm=frozen.obsm, memory=memory, threads=threads)
     return content, slabs
+
+
+def _any_asked_for(store: Collection, parameters: dict[str, Any], first: int) -> bool:
+    """Whether ``--batches`` and ``--where`` admit any of the new rows."""
+    with tempfile.TemporaryDirectory() as folder:
+        where = parameters["where"]
+        cells = chosen_cells(store, parameters["batches"], where, folder=Path(folder), first=first)
+        return bool(cells.admitted_n.any())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from streamx.store.draft import Draft, draft_frame
 from streamx.store.frame import column_names, obs_schema, read_column
 from streamx.store.journal import Journal
 from streamx.store.latents import latent_names
-from streamx.store.location import Location, describe, local_folder, open_location
+from streamx.store.location import Location, describe, each, local_folder, open_location
 from streamx.store.manifest import MARKER, commit, read_generation, run_tag
 
 log = logging.getLogger("streamx")
@@ -226,7 +226,7 @@ def _commit_overlay(base: Collection, journal: Journal, overlay: pd.DataFrame, d
     path = f"obs/{number:06d}{tag}.zarr"
     staged = base.location.staged(journal.tmp)
     written = {f"{path}/{key}": data for key, data in draft.take().items()}
-    staged.write_all(written)
+    staged.write_all(each(written))
     objects = state.objects | {key: describe(data) for key, data in written.items()}
     entry = {"path": path, "n_obs": base.n_obs, "columns": list(overlay.columns), "digest": digest}
     after = replace(

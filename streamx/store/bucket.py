@@ -11,7 +11,7 @@ import hashlib
 import os
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
@@ -32,7 +32,7 @@ from streamx.store.answers import (
     reason,
     status_of,
 )
-from streamx.store.location import RESTORE, SCHEMES, Bytes, ObjectTable, Range, check_key
+from streamx.store.location import RESTORE, SCHEMES, Bytes, ObjectTable, Put, Range, check_key
 from streamx.threads import pause, run_all
 
 if TYPE_CHECKING:
@@ -46,6 +46,7 @@ UPLOADS = 5  # times the time-out: the answer comes after the last byte was sent
 SHORT_ANSWERS = 3  # in a row: then the object itself is short
 MERGE_GAP = 1 << 14  # bytes that cost less than another request
 LARGEST = 1 << 24  # bytes up to which ranges become one request
+BYTES_AT_ONCE = 1 << 26  # of objects that wait to be put together
 ENDPOINTS = {"s3": "endpoint", "gs": "base_url", "az": "endpoint"}
 
 
@@ -202,9 +203,25 @@ class Bucket:
         whole = data[0] if len(data) == 1 else b"".join(data)
         self._try(key, lambda: obstore.put(self._uploads, key, whole, use_multipart=False), NO_BUCKET)
 
-    def write_all(self, objects: Mapping[str, bytes]) -> None:
-        tasks = [partial(self.write, key, data) for key, data in objects.items()]
-        run_all(tasks, self._at_once(tasks))
+    def write_all(self, produce: Callable[[Put], None]) -> None:
+        waiting: list[Callable[[], None]] = []
+        size = 0
+
+        def flush() -> None:
+            nonlocal size
+            run_all(waiting, self._at_once(waiting))
+            waiting.clear()
+            size = 0
+
+        def put(key: str, *data: Bytes) -> None:
+            nonlocal size
+            waiting.append(partial(self.write, key, *data))
+            size += sum(memoryview(piece).nbytes for piece in data)
+            if size > BYTES_AT_ONCE:
+                flush()
+
+        produce(put)
+        flush()
 
     def replace(self, key: str, data: bytes, before: bytes | None) -> None:
         """A conditional PUT: of several writers, the bucket lets one win."""
@@ -229,11 +246,21 @@ class Bucket:
             fix="run the same command again: it goes on from what is there now",
         )
 
-    def put_tree(self, objects: Mapping[str, bytes]) -> None:
+    def put_tree(self, produce: Callable[[Put], None]) -> None:
         self.delete("zarr.json")
-        self.delete(*(key for key in self.list() if key not in objects))
-        self.write_all({key: data for key, data in objects.items() if key != "zarr.json"})
-        self.write("zarr.json", objects["zarr.json"])
+        before = set(self.list())
+        root: list[Bytes] = []
+
+        def all_but_the_root(put: Put) -> None:
+            def sorted_out(key: str, *data: Bytes) -> None:
+                before.discard(key)
+                root.extend(data) if key == "zarr.json" else put(key, *data)
+
+            produce(sorted_out)
+
+        self.write_all(all_but_the_root)
+        self.delete(*sorted(before))
+        self.write("zarr.json", *root)
 
     def delete(self, *keys: str) -> None:
         import obstore

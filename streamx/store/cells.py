@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,8 @@ import pandas as pd
 
 from streamx.errors import BatchError, UsageError
 from streamx.store.frame import as_text, safe_name
+from streamx.store.obs import Piece, plain, to_pandas
+from streamx.store.text import text_of
 
 log = logging.getLogger("streamx")
 
@@ -19,6 +21,7 @@ FILE, FILE_ROW, NAME = "_streamx_file", "_streamx_file_row", "_streamx_name"
 _PREFIX = "_streamx_"
 # Text with more distinct values than this, and than a tenth of the cells, is kept as text.
 MAX_CATEGORIES = 1000
+MOST_CATEGORIES = 1 << 16  # of any column but the batch: they lie in the manifest
 
 
 def rename_columns(obs: pd.DataFrame, names: Mapping[str, str], where: str) -> pd.DataFrame:
@@ -45,17 +48,21 @@ def rename_columns(obs: pd.DataFrame, names: Mapping[str, str], where: str) -> p
     return renamed
 
 
-def add_batch(obs: pd.DataFrame, key: str, batch_key: str | None, *, per_file: bool) -> str:
-    """Give a file's obs its batch column, in place.
+def add_batch(
+    obs: pd.DataFrame, key: str, batch_key: str | None, *, per_file: bool, name_of: Callable[[int], str]
+) -> str:
+    """Give consecutive cells of a file their batch column, in place.
 
     Parameters
     ----------
     obs, key
-        Cells of one file, and its key.
+        Cells of one file, indexed by their row in it, and the file's key.
     batch_key
         An obs column, or several joined by commas (their values are joined by ``_``); None: ``batch``.
     per_file
         Each file is one batch; no column is asked.
+    name_of
+        Row of the file -> the cell's name.
 
     Returns
     -------
@@ -68,7 +75,8 @@ def add_batch(obs: pd.DataFrame, key: str, batch_key: str | None, *, per_file: b
         If the file has no such column, or a cell no batch; lists columns that could name it.
     """
     if per_file:
-        _set_batch(obs, key, "batch", pd.Series(key, index=obs.index, dtype=object))
+        whole = pd.Categorical.from_codes(np.zeros(len(obs), np.int8), [key])
+        _set_batch(obs, key, "batch", pd.Series(whole, index=obs.index))
         return "batch"
     columns = [safe_name(name.strip()) for name in (batch_key or "batch").split(",")]
     absent = [column for column in columns if column not in obs.columns]
@@ -78,10 +86,13 @@ def add_batch(obs: pd.DataFrame, key: str, batch_key: str | None, *, per_file: b
             where=key,
             fix=f"--batch-key with one of: {_candidates(obs)}; or rename one with --obs-map",
         )
-    values = [as_text(obs[column]) for column in columns]
+    if len(columns) == 1 and isinstance(obs[columns[0]].dtype, pd.CategoricalDtype):
+        values = [obs[columns[0]]]
+    else:
+        values = [as_text(obs[column]) for column in columns]
     missing = np.logical_or.reduce([value.isna().to_numpy() for value in values])
     if missing.any():
-        cell = obs.index[int(np.argmax(missing))]
+        cell = name_of(int(obs.index[int(np.argmax(missing))]))
         raise BatchError(
             f"{int(missing.sum())} cells have no batch in {', '.join(columns)}, the first is {cell!r}",
             where=key,
@@ -100,7 +111,8 @@ def _set_batch(obs: pd.DataFrame, key: str, name: str, values: pd.Series) -> Non
         kept = f"{name}_original"
         while kept in obs.columns:
             kept += "_"
-        log.warning("%s: its column %r is kept as %r; %r names the batches", key, name, kept, name)
+        if not len(obs) or obs.index[0] == 0:  # once per file
+            log.warning("%s: its column %r is kept as %r; %r names the batches", key, name, kept, name)
         obs[kept] = obs[name]
     obs[name] = values
 
@@ -115,71 +127,200 @@ def _candidates(obs: pd.DataFrame) -> str:
     return ", ".join(few[:12]) or "none; add a column that names the batch"
 
 
-def unite(
-    frames: Sequence[pd.DataFrame],
+Pieces = Callable[[], Iterator[pd.DataFrame]]  # a table, read by pieces of rows
+
+
+@dataclass
+class Seen:
+    """What a column of one file holds: kinds of values, whether some are missing, texts (None: too many)."""
+
+    kinds: set[str] = field(default_factory=set)
+    missing: bool = False
+    texts: set[str] | None = field(default_factory=set)
+
+    def look(self, column: pd.Series, limit: int, kind: str | None = None) -> None:
+        kind = kind or _kind(column)
+        self.missing |= kind == "none" or bool(column.isna().any())
+        if kind == "none":
+            return
+        self.kinds.add(kind)
+        if kind == "text" and self.texts is not None:
+            if isinstance(column.dtype, pd.CategoricalDtype):
+                column = pd.Series(column.cat.categories[np.unique(column.cat.codes[column.notna()])])
+            self.texts |= set(as_text(pd.Series(column.dropna().unique())))
+            if len(self.texts) > limit:
+                self.texts = None
+
+
+def plan_columns(
+    files: Sequence[Pieces],
+    lengths: Sequence[int],
     batch_key: str,
     schema: Mapping[str, dict[str, Any]] | None = None,
     stored: Callable[[str], pd.Series] | None = None,
-) -> pd.DataFrame:
-    """One table of all cells: the union of columns, missing values NA, one dtype per column.
+) -> tuple[dict[str, dict[str, Any]], list[set[str]]]:
+    """dtype and categories of every column of the cells of all files, as in the manifest.
 
-    Integers with missing values become nullable; text becomes categorical, its categories sorted by name;
-    columns whose dtypes conflict become text and are reported. With the `schema` of an existing store its
-    categories come first, in their order, so that no code that was ever written changes; `stored` reads one
-    of its columns, whose values become categories where its numbers now have to be text.
+    The union of columns. Integers with missing values become nullable; text becomes categorical, its
+    categories sorted by name; columns whose dtypes conflict become text and are reported. With the `schema`
+    of an existing store its categories come first, in their order, so that no code that was ever written
+    changes; `stored` reads one of its columns, whose values become categories where its numbers now have to
+    be text.
+
+    Returns
+    -------
+    schema, batches
+        Of the columns; and the batches of each file.
     """
-    schema = schema or {}
-    names = list(dict.fromkeys([*schema, *(name for frame in frames for name in frame.columns)]))
-    index = pd.Index(np.concatenate([frame.index.to_numpy(dtype=object) for frame in frames]), dtype=object)
-    columns = {}
+    schema, n = schema or {}, sum(lengths)
+    limit = min(max(MAX_CATEGORIES, n // 10), MOST_CATEGORIES)
+    seen: list[dict[str, Seen]] = []
+    for pieces in files:
+        mine: dict[str, Seen] = {}
+        for frame in pieces():
+            for name in frame.columns:
+                most = n if name == batch_key else limit
+                mine.setdefault(name, Seen()).look(frame[name], most, "text" if name == batch_key else None)
+        seen.append(mine)
+    names = list(dict.fromkeys([*schema, *(name for mine in seen for name in mine)]))
+
+    def texts(name: str) -> Seen:
+        """All values of a column as texts, numbers among them."""
+        found = Seen()
+        for pieces in files:
+            for frame in pieces():
+                if name in frame.columns:
+                    found.look(as_text(frame[name]), limit)
+        return found
+
+    plan = {}
     for name in names:
         if not name.startswith(_PREFIX):
-            columns[name] = _unite_column(name, frames, schema, stored, always=name == batch_key)
-    return pd.DataFrame(columns, index=index)
+            columns = [mine.get(name) for mine in seen]
+            plan[name] = _decide(name, columns, n, schema, stored, texts, always=name == batch_key)
+    return plan, [(mine[batch_key].texts or set()) if batch_key in mine else set() for mine in seen]
 
 
-def _unite_column(
+def _decide(
     name: str,
-    frames: Sequence[pd.DataFrame],
+    seen: Sequence[Seen | None],
+    n: int,
     schema: Mapping[str, dict[str, Any]],
     stored: Callable[[str], pd.Series] | None,
+    texts: Callable[[str], Seen],
     *,
     always: bool,
-) -> Any:
+) -> dict[str, Any]:
     before = schema.get(name)
-    pieces = [frame[name] if name in frame.columns else None for frame in frames]
-    kinds = {_kind(piece) for piece in pieces if piece is not None} - {"none"}
+    kinds = {kind for column in seen if column is not None for kind in column.kinds}
     if before:
         kinds.add(_schema_kind(before))
     if len(kinds) > 1 and kinds != {"int", "float"}:
         log.warning(
             "obs column %r holds %s in different files: kept as text", name, " and ".join(sorted(kinds))
         )
+        seen = [texts(name)]
         kinds = {"text"}
     kind = "float" if kinds == {"int", "float"} else next(iter(kinds), "text")
-    lengths = [len(frame) for frame in frames]
     if kind == "text":
-        texts = [
-            as_text(piece).to_numpy() if piece is not None else np.full(n, None, dtype=object)
-            for piece, n in zip(pieces, lengths, strict=True)
-        ]
         if before and _schema_kind(before) != "text" and stored is not None:
             before = {"dtype": "category", "categories": sorted(set(as_text(stored(name)).dropna()))}
-        return _categorical(np.concatenate(texts), before, always)
-    dtype: Any = {"int": "Int64", "float": "float64", "bool": "boolean"}[kind]
-    missing = np.nan if kind == "float" else pd.NA
-    parts = [
-        piece.astype(dtype)
-        if piece is not None and _kind(piece) != "none"
-        else pd.Series(pd.array([missing], dtype=dtype)).repeat(n)
-        for piece, n in zip(pieces, lengths, strict=True)
-    ]
-    column = pd.concat(parts, ignore_index=True)
+        return _text_schema([column for column in seen if column is not None], n, before, always)
+    if kind == "float":
+        return {"dtype": "float64"}
     # cells that are in the store already may lack it
     nullable = schema and (before is None or before["dtype"] in ("Int64", "boolean"))
-    if kind != "float" and not nullable and not column.isna().any():
-        column = column.astype({"int": "int64", "bool": "bool"}[kind])
-    return column.array
+    nullable = nullable or any(column is None or column.missing for column in seen)
+    dtypes = {"int": ("int64", "Int64"), "bool": ("bool", "boolean")}[kind]
+    return {"dtype": dtypes[bool(nullable)]}
+
+
+def _text_schema(seen: Sequence[Seen], n: int, before: dict[str, Any] | None, always: bool) -> dict[str, Any]:
+    known = [str(name) for name in (before or {}).get("categories", [])]
+    if (before or {}).get("dtype") == "string":
+        return {"dtype": "string"}
+    found: set[str] = set()
+    for column in seen:
+        if column.texts is None:
+            return {"dtype": "string"}
+        found |= column.texts
+    new = sorted(found - set(known))
+    total = len(known) + len(new)
+    if not always and total > MAX_CATEGORIES and (len(new) * 10 > n or total > MOST_CATEGORIES):
+        return {"dtype": "string"}
+    return {"dtype": "category", "categories": [*known, *new]}
+
+
+def caster(schema: Mapping[str, Any]) -> Callable[[pd.Series | None, int], Piece]:
+    """What brings n values of a column (None: the file lacks it) into the form of its schema."""
+    dtype = schema["dtype"]
+    if dtype == "category":
+        categories = pd.Index(schema["categories"], dtype=object)
+        codes_of = np.dtype(
+            np.int8 if len(categories) < 128 else np.int16 if len(categories) < 32768 else np.int32
+        )
+
+        def codes(column: pd.Series | None, n: int) -> Piece:
+            if column is None:
+                return np.full(n, -1, codes_of), None
+            if isinstance(column.dtype, pd.CategoricalDtype):
+                place = categories.get_indexer(as_text(pd.Series(column.cat.categories)))
+                return np.append(place, -1)[column.cat.codes.to_numpy()].astype(codes_of), None
+            return categories.get_indexer(as_text(column)).astype(codes_of), None
+
+        return codes
+    if dtype == "string":
+
+        def texts(column: pd.Series | None, n: int) -> Piece:
+            if column is None:
+                return text_of([""] * n), np.ones(n, bool)
+            values = as_text(column)
+            missing = values.isna().to_numpy()
+            text = text_of(values.where(~missing, "").to_numpy())
+            return text, missing if missing.any() else None
+
+        return texts
+    if dtype == "float64":
+        return lambda column, n: (
+            np.full(n, np.nan) if column is None or _kind(column) == "none" else _as_float(column),
+            None,
+        )
+    nullable = {"int64": "Int64", "bool": "boolean"}.get(dtype, dtype)
+
+    def numbers(column: pd.Series | None, n: int) -> Piece:
+        if column is None or _kind(column) == "none":
+            column = pd.Series(pd.array([pd.NA], dtype=nullable)).repeat(n)
+        values, missing = plain(column.astype(nullable))
+        return values, missing if dtype == nullable else None
+
+    return numbers
+
+
+def _as_float(column: pd.Series) -> np.ndarray:
+    return column.astype("Float64" if hasattr(column.dtype, "numpy_dtype") else "float64").to_numpy(
+        dtype=np.float64, na_value=np.nan
+    )
+
+
+def unite(
+    frames: Sequence[pd.DataFrame],
+    batch_key: str,
+    schema: Mapping[str, dict[str, Any]] | None = None,
+    stored: Callable[[str], pd.Series] | None = None,
+) -> pd.DataFrame:
+    """One table of all cells, in memory: see :func:`plan_columns`."""
+    files = [lambda frame=frame: iter([frame]) for frame in frames]
+    lengths = [len(frame) for frame in frames]
+    plan, _ = plan_columns(files, lengths, batch_key, schema, stored)
+    index = pd.Index(np.concatenate([frame.index.to_numpy(dtype=object) for frame in frames]), dtype=object)
+    columns = {}
+    for name, about in plan.items():
+        cast = caster(about)
+        parts = [
+            cast(f[name] if name in f.columns else None, n) for f, n in zip(frames, lengths, strict=True)
+        ]
+        columns[name] = pd.concat([to_pandas(part, about) for part in parts], ignore_index=True).array
+    return pd.DataFrame(columns, index=index)
 
 
 def _kind(column: pd.Series) -> str:
@@ -200,87 +341,7 @@ def _schema_kind(schema: dict[str, Any]) -> str:
     return {"i": "int", "u": "int", "f": "float", "b": "bool"}.get(dtype[0], "text")
 
 
-def _categorical(values: np.ndarray, before: dict[str, Any] | None, always: bool) -> Any:
-    codes, found = pd.factorize(values, use_na_sentinel=True)
-    known = [str(name) for name in (before or {}).get("categories", [])]
-    new = sorted(set(found) - set(known))
-    many = len(known) + len(new) > MAX_CATEGORIES and len(new) * 10 > len(values) and not always
-    if many or (before or {}).get("dtype") == "string":
-        return pd.Series(values, dtype=object).where(codes >= 0, None).array
-    return pd.Categorical(values, categories=[*known, *new])
-
-
 def as_categorical_or_number(column: pd.Series) -> Any:
     """A single column in the dtype that :func:`unite` would give it."""
-    return _unite_column(
-        str(column.name), [column.rename(str(column.name)).to_frame()], {}, None, always=False
-    )
-
-
-def unique_names(frames: dict[str, pd.DataFrame], taken: pd.Index | None = None) -> np.ndarray:
-    """Cell names that occur once: one that several cells share gets its file's key, and a number if needed.
-
-    Parameters
-    ----------
-    frames
-        File key -> obs, indexed by the original names.
-    taken
-        Names of cells that are in the store already; those stay as they are.
-    """
-    names = pd.Index(
-        np.concatenate([obs.index.to_numpy(dtype=object) for obs in frames.values()]), dtype=object
-    )
-    keys = np.repeat(np.array(list(frames), dtype=object), [len(obs) for obs in frames.values()])
-    shared = names.duplicated(keep=False)
-    if taken is not None:
-        shared |= names.isin(taken)
-    result = names.to_numpy(dtype=object).copy()
-    result[shared] = names[shared].to_numpy(dtype=object) + "-" + keys[shared]
-    while True:
-        again = pd.Index(result)
-        clash = again.duplicated(keep="first")
-        if taken is not None:
-            clash |= again.isin(taken)
-        if not clash.any():
-            return result
-        number = pd.Series(result[clash]).groupby(result[clash]).cumcount().to_numpy() + 1
-        result[clash] = [f"{name}-{i}" for name, i in zip(result[clash], number, strict=True)]
-
-
-def row_order(
-    batch_codes: np.ndarray,
-    digests: Sequence[int],
-    checksums: Sequence[str],
-    lengths: Sequence[int],
-    seed: int,
-) -> np.ndarray:
-    """Destination of every row, int64: batches in the order of their codes, rows shuffled inside each.
-
-    The key of a row mixes the seed, a digest of its file's cell and gene names, and its number in the file,
-    so that neither the order of files, nor their format, nor their names decide anything.
-    """
-    rows = np.concatenate([np.arange(n, dtype=np.uint64) for n in lengths])
-    salt = np.repeat(np.array(digests, dtype=np.uint64), lengths)
-    key = _mix(_mix(rows + _mix(salt)) + np.uint64(seed % 2**64))
-    rank = np.argsort(np.argsort(checksums, kind="stable"), kind="stable")
-    order = np.lexsort((rows, np.repeat(rank, lengths), key, batch_codes))
-    destination = np.empty(len(order), dtype=np.int64)
-    destination[order] = np.arange(len(order))
-    return destination
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """The finaliser of splitmix64 (Steele 2014): every input bit changes half of the output bits."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def names_digest(obs_names: np.ndarray, var_names: np.ndarray) -> int:
-    """64 bits that stand for a file's cell and gene names."""
-    digest = hashlib.blake2b(digest_size=8)
-    for names in (obs_names, var_names):
-        digest.update("\0".join(str(name) for name in names).encode())
-        digest.update(b"\1")
-    return int.from_bytes(digest.digest(), "little")
+    name = str(column.name)
+    return unite([column.rename(name).to_frame()], "")[name].array

@@ -24,6 +24,7 @@ from streamx.store.location import RESTORE, Location, ObjectTable, describe, ope
 from streamx.store.manifest import Generation, Part, read_generation, read_part
 from streamx.store.matrix import Allocate, Matrix, gather
 from streamx.store.read import integrity, open_group, plan_reads
+from streamx.store.text import Text, joined, text_of
 from streamx.threads import run_all
 
 if TYPE_CHECKING:
@@ -150,6 +151,14 @@ class Collection:
         with integrity(f"{self.path}/obs"):
             pieces = [np.asarray(group["_index"][:]) for group in self._obs_groups]
         return pd.Index(np.concatenate(pieces).astype(object) if pieces else [], dtype=object)
+
+    def cell_names(self, start: int = 0, stop: int | None = None) -> Text:
+        """Names of the cells start..stop, as bytes."""
+        with integrity(f"{self.path}/obs"):
+            return joined(
+                text_of(np.asarray(self._obs_groups[piece]["_index"][low:high]).tolist())
+                for piece, low, high in self._part_ranges(start, self.n_obs if stop is None else stop)
+            )
 
     @property
     def obs_columns(self) -> list[str]:

@@ -12,20 +12,25 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pandas as pd
+from scipy.sparse import csr_matrix
 
 from streamx.config import ConvertConfig, build, parse_bytes
 from streamx.errors import EmptyError, InputError, UsageError, warn
+from streamx.memory import steady_memory
 from streamx.schema import align, check_overlap
 from streamx.store import cells, genes
 from streamx.store.collection import Collection
+from streamx.store.filed import cells_of, lay_cells
 from streamx.store.ingest import Source, open_sources
 from streamx.store.journal import Journal
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import FORMAT, read_generation
+from streamx.store.needs import Needs, needs_of, sample_of
+from streamx.store.order import names_digest, row_order
 from streamx.store.pack import Content, start, write_part
-from streamx.store.slabs import SourceError, blame, modalities, slabs_of
+from streamx.store.slabs import SourceError, blame, modalities, probe, slabs_of
 from streamx.store.spill import Slab
+from streamx.threads import run_all, thread_count
 
 log = logging.getLogger("streamx")
 T = TypeVar("T")
@@ -39,10 +44,11 @@ _DECISIVE = (
 
 @dataclass(frozen=True)
 class Converted:
-    """A finished conversion and the inputs that it left out (``on_error="skip"``)."""
+    """A finished conversion, the inputs that it left out (``on_error="skip"``), and what was predicted."""
 
     collection: Collection
     skipped: tuple[InputError, ...] = ()
+    needs: Needs | None = None
 
 
 def convert(
@@ -97,6 +103,7 @@ def convert_files(
     config: ConvertConfig = build(ConvertConfig, settings)
     if config.shard_rows < 1:
         raise UsageError(f"shard_rows = {config.shard_rows}", fix="at least 1; a million is usual")
+    steady_memory()
     memory = parse_bytes(config.memory)
     location = open_location(output)
     if append:
@@ -118,19 +125,22 @@ def convert_files(
         for source in sources:
             stack.callback(source.close)
         several = len(sources) + len(skipped) > 1
-        checksums, sources = _while_good(_checksums, sources, config, skipped)
+        checksums, sources = _while_good(
+            partial(_checksums, thread_count(config.threads)), sources, config, skipped
+        )
         fingerprint = _fingerprint(sources, checksums, several, base, config)
         finished = start(journal, fingerprint, append=append)
         if finished is None:
             write = partial(_write, location, journal, base, config, memory, fingerprint)
-            collection, _ = _while_good(write, sources, config, skipped)
+            (collection, needs), _ = _while_good(write, sources, config, skipped)
         else:
+            needs = None
             log.info("%s is complete already", location)
             collection = finished
             skipped += _left_out(finished, fingerprint)
     for error in skipped:
         warn(f"left out: {error.what}", where=error.where, fix=error.fix)
-    return Converted(collection, tuple(skipped))
+    return Converted(collection, tuple(skipped), needs)
 
 
 def _while_good(
@@ -159,9 +169,9 @@ def _write(
     memory: int,
     fingerprint: dict[str, Any],
     sources: list[Source],
-) -> Collection:
-    content, slabs = _plan(sources, base, config, memory, fingerprint)
-    return write_part(
+) -> tuple[Collection, Needs | None]:
+    content, slabs = _plan(sources, base, config, memory, fingerprint, journal.rows)
+    written = write_part(
         location,
         slabs,
         content,
@@ -172,6 +182,7 @@ def _write(
         append=base is not None,
         journal=journal,
     )
+    return written, content.needs
 
 
 def _left_out(collection: Collection, fingerprint: dict[str, Any]) -> list[InputError]:
@@ -206,14 +217,18 @@ def _like(base: Collection, config: ConvertConfig) -> ConvertConfig:
     )
 
 
-def _checksums(sources: list[Source]) -> dict[str, str]:
-    checksums: dict[str, str] = {}
-    for source in sources:
+def _checksums(threads: int, sources: list[Source]) -> dict[str, str]:
+    def checksum(source: Source) -> str:
         with blame(source):
-            checksums[source.key] = source.checksum()
-        twins = [key for key, checksum in checksums.items() if checksum == checksums[source.key]]
-        if len(twins) > 1:
-            warn(f"holds the same as {twins[0]!r}: each of its cells will occur twice", where=source.location)
+            return source.checksum()
+
+    found = run_all([partial(checksum, source) for source in sources], threads, "checksums")
+    checksums = {source.key: value for source, value in zip(sources, found, strict=True)}
+    first: dict[str, str] = {}
+    for source in sources:
+        twin = first.setdefault(checksums[source.key], source.key)
+        if twin != source.key:
+            warn(f"holds the same as {twin!r}: each of its cells will occur twice", where=source.location)
     return checksums
 
 
@@ -267,66 +282,54 @@ def _plan(
     config: ConvertConfig,
     memory: int,
     fingerprint: dict[str, Any],
+    folder: Path,
 ) -> tuple[Content, list[Slab]]:
-    """Everything that names and obs decide, before a value is read."""
+    """Everything that names and obs decide, before a value is read; arrays over cells lie in the folder."""
     keys = _file_keys(sources, base, fingerprint)
-    axes, frames = [], {}
-    for key, source in zip(keys, sources, strict=True):
-        with blame(source):
-            axes.append(
-                genes.resolve_names(
-                    source.var_names,
-                    rule=config.duplicate_genes,
-                    strip_versions=config.strip_versions,
-                    where=source.location,
-                )
-            )
-            obs = cells.rename_columns(
-                source.obs.copy(), fingerprint["settings"]["obs_map"].get(source.key, {}), source.location
-            )
-            per_file = fingerprint["settings"]["batches_are_files"]
-            batch_key = cells.add_batch(obs, key, config.batch_key, per_file=per_file)
-            frames[key] = obs
+    axes = [_axis_of(source, config) for source in sources]
     axis = list(base.var_names) if base is not None else genes.join_genes(axes, config.join)
     columns = [genes.column_map(names, axis) for names in axes]
-    obs = cells.unite(
-        list(frames.values()),
+    files, batch_key = cells_of(sources, keys, fingerprint["settings"])
+    lengths = [source.n_obs for source in sources]
+    schema, batches = cells.plan_columns(
+        files,
+        lengths,
         batch_key,
         base.manifest.obs_schema if base is not None else None,
         base.obs_column if base is not None else None,
     )
-    originals = obs.index.to_numpy(dtype=object)
-    obs.index = pd.Index(
-        cells.unique_names(frames, base.obs_names if base is not None else None), dtype=object
-    )
-    lengths = [source.n_obs for source in sources]
-    known = base.manifest.obs_schema[cells.FILE]["categories"] if base is not None else []
-    held = [*known, *sorted(keys)]
-    obs[cells.FILE] = pd.Categorical.from_codes(np.repeat([held.index(key) for key in keys], lengths), held)
-    obs[cells.FILE_ROW] = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
-    obs[cells.NAME] = originals
+    laid = lay_cells(sources, files, keys, schema, base, folder)
     checksums = [fingerprint["inputs"][source.key]["checksum"] for source in sources]
-    digests = [cells.names_digest(source.obs_names, source.var_names) for source in sources]
-    codes = obs[batch_key].cat.codes.to_numpy()
-    destination = cells.row_order(codes, digests, checksums, lengths, config.seed)
-    by_source = np.split(destination, np.cumsum(lengths)[:-1])
-    batch_names = [sorted(set(frames[key][batch_key].astype(str))) for key in keys]
-    obsm = modalities(sources, config.obsm, [frames[key][batch_key].to_numpy() for key in keys], base)
+    starts = np.cumsum([0, *lengths]).tolist()
+    digests = [
+        names_digest(laid.names_of(first, first + source.n_obs), source.var_names)
+        for source, first in zip(sources, starts, strict=False)
+    ]
+    codes = laid.column(batch_key)
+    order, destination = row_order(codes, digests, checksums, lengths, config.seed, folder)
+    obsm = modalities(sources, config.obsm, codes, schema[batch_key]["categories"], base)
     entries = [
-        _source_entry(source, key, names, axis, cols, batches, checksum, base, config)
-        for source, key, names, cols, batches, checksum in zip(
-            sources, keys, axes, columns, batch_names, checksums, strict=True
+        _source_entry(source, key, names, axis, cols, sorted(mine), checksum, base, config)
+        for source, key, names, cols, mine, checksum in zip(
+            sources, keys, axes, columns, batches, checksums, strict=True
         )
     ]
-    slabs = [
-        slab
-        for source, key, cols, rows in zip(sources, keys, columns, by_source, strict=True)
-        for slab in slabs_of(source, key, cols, rows, len(axis), obsm, config, memory)
-    ]
-    inverse = np.argsort(destination)
+    slabs: list[Slab] = []
+    seen: list[csr_matrix] = []
+    for source, key, cols, first in zip(sources, keys, columns, starts, strict=False):
+        rows = destination[first : first + source.n_obs]
+        most, found = probe(source, cols, len(axis))
+        slabs += slabs_of(source, key, cols, rows, len(axis), obsm, config, memory, most)
+        seen.append(found)
+    obs = laid.in_order(order)
+    dense = 4 * sum(len(names) for names, _ in obsm.values())
+    needs = needs_of(
+        sample_of(seen, lengths, dense), obs, slabs, preset=config.preset, shard_rows=config.shard_rows,
+        memory=memory, threads=thread_count(config.threads),
+    )  # fmt: skip
     content = Content(
         kind="store",
-        obs=obs.iloc[inverse],
+        obs=obs,
         var=base.var
         if base is not None
         else genes.common_var([source.var for source in sources], axes, axis),
@@ -335,8 +338,20 @@ def _plan(
         obsm=obsm,
         uns={"batch_key": batch_key},
         sources=entries,
+        needs=needs,
     )
     return content, slabs
+
+
+def _axis_of(source: Source, config: ConvertConfig) -> list[str | None]:
+    """The names that a file's columns go by."""
+    with blame(source):
+        return genes.resolve_names(
+            source.var_names,
+            rule=config.duplicate_genes,
+            strip_versions=config.strip_versions,
+            where=source.location,
+        )
 
 
 def _file_keys(sources: list[Source], base: Collection | None, fingerprint: dict[str, Any]) -> list[str]:

@@ -10,15 +10,15 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import google_crc32c
-import numba
 import numpy as np
 from llvmlite import binding
 from numba import types
+
+from streamx.compiled import compiled
 
 READ_AHEAD = 1 << 18  # bytes read at once: what comes next is still in the processor's cache when decoded
 CHECKSUM = 4
@@ -34,14 +34,6 @@ _BLOSC, _CRC32C, _PREAD = "streamx_blosc_decompress_ctx", "streamx_crc32c_value"
 _blosc: Any = types.ExternalFunction(_BLOSC, types.int32(types.uintp, types.uintp, types.uintp, types.int32))
 _crc32c: Any = types.ExternalFunction(_CRC32C, types.uint32(types.uintp, types.uintp))
 _pread: Any = types.ExternalFunction(_PREAD, types.intp(types.int32, types.uintp, types.uintp, types.int64))
-
-
-def compiled(function: Callable[..., Any]) -> Any:
-    """numba's nogil compilation, kept on disk where any folder can be written."""
-    try:
-        return numba.njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # no folder for the cache: compile in every process
-        return numba.njit(nogil=True)(function)
 
 
 @cache

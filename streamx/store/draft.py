@@ -6,20 +6,23 @@ anndata could write it, but then chunks, shards and dtypes would follow its vers
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from streamx.errors import InputError
+from streamx.store.encode import Values, column_chunk, shard_of
 from streamx.store.layout import (
+    OBS_CHUNKS_PER_SHARD,
     OBS_ROWS_PER_CHUNK,
     OBSM_ROWS_PER_CHUNK,
     OBSM_ROWS_PER_SHARD,
     column_codecs,
     expect_warnings,
 )
+from streamx.store.obs import Obs, Piece, as_obs, plain
+from streamx.store.text import text_of
 
 if TYPE_CHECKING:
     import zarr
@@ -28,25 +31,62 @@ Objects = dict[str, bytes]
 
 
 class Draft:
-    """A zarr hierarchy being drafted in memory; `objects` are the bytes to put in place, key by key."""
+    """A zarr hierarchy being drafted: metadata in memory, chunks wherever `put` puts them.
 
-    def __init__(self) -> None:
+    Parameters
+    ----------
+    put
+        Takes each object's key and its bytes, in pieces, as soon as it is encoded; None keeps them for
+        :meth:`take`.
+    """
+
+    def __init__(self, put: Callable[..., None] | None = None) -> None:
         from zarr.storage import MemoryStore
 
         expect_warnings()
         self._buffers: dict[str, Any] = {}
-        self._groups: Objects = {}
+        self._objects: Objects = {}
+        self._put = put or self._keep
         self.store = MemoryStore(store_dict=self._buffers)
+
+    def _keep(self, key: str, *data: bytes) -> None:
+        self._objects[key] = b"".join(data)
 
     def group(self, path: str, attributes: Mapping[str, Any]) -> None:
         metadata = {"attributes": dict(attributes), "zarr_format": 3, "node_type": "group"}
-        self._groups[f"{path}/zarr.json".lstrip("/")] = json.dumps(metadata, indent=2).encode()
+        self._objects[f"{path}/zarr.json".lstrip("/")] = json.dumps(metadata, indent=2).encode()
 
     def array(self, path: str, values: np.ndarray, attributes: Mapping[str, Any] | None = None) -> None:
-        """One dense array, in one chunk up to 2^20 rows; wide matrices in shards of 64 k rows."""
-        array = self.empty(path, values.shape, values.dtype, attributes)
-        if values.size:
-            array[...] = values
+        """One dense array that is in memory."""
+        values = np.asarray(values)
+        if not values.shape:
+            self.empty(path, (), values.dtype, attributes)[...] = values
+            return
+        self.stream(path, values.shape, values.dtype, lambda a, b: values[a:b], attributes)
+
+    def strings(self, path: str, values: Any) -> None:
+        text = text_of(np.asarray(values, dtype=object))
+        self.stream(path, (len(text),), str, lambda a, b: text[a:b], STRINGS)
+
+    def stream(
+        self,
+        path: str,
+        shape: tuple[int, ...],
+        dtype: Any,
+        read: Callable[[int, int], Values],
+        attributes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """An array whose rows are read, encoded and put in place chunk by chunk."""
+        array = self.empty(path, shape, dtype, attributes)
+        n, rows = shape[0], array.chunks[0]
+        per_file = array.shards[0] if array.shards else rows
+        if 0 in shape:
+            return
+        for number, first in enumerate(range(0, n, per_file)):
+            last = min(first + per_file, n)
+            chunks = [column_chunk(read(low, min(low + rows, n)), rows) for low in range(first, last, rows)]
+            data = shard_of(chunks, per_file // rows) if array.shards else chunks
+            self._put("/".join([path, "c", str(number), *"0" * (len(shape) - 1)]), *data)
 
     def empty(
         self,
@@ -72,18 +112,9 @@ class Draft:
             **codecs,
         )
 
-    def strings(self, path: str, values: Any) -> None:
-        values = np.asarray(values, dtype=object)
-        attributes = {"encoding-type": "string-array", "encoding-version": "0.2.0"}
-        array = self.empty(path, values.shape, str, attributes)
-        if len(values):
-            array[...] = values.astype(np.dtypes.StringDType())
-
     def take(self) -> Objects:
-        """The objects drafted since the last call, sorted (zarr adds them in any order)."""
-        found = {key: bytes(buffer.to_bytes()) for key, buffer in self._buffers.items()} | self._groups
-        for key in [key for key in self._buffers if not key.endswith("zarr.json")]:
-            del self._buffers[key]
+        """The objects that are kept, sorted (zarr adds them in any order)."""
+        found = {key: bytes(buffer.to_bytes()) for key, buffer in self._buffers.items()} | self._objects
         return {key: found[key] for key in sorted(found)}
 
     def consolidated(self) -> Objects:
@@ -105,6 +136,9 @@ class Draft:
         }
         objects["zarr.json"] = json.dumps(root, indent=2).encode()
         return objects
+
+
+STRINGS = {"encoding-type": "string-array", "encoding-version": "0.2.0"}
 
 
 def draft_anndata_shell(draft: Draft, shape: tuple[int, int], uns: Mapping[str, Any]) -> None:
@@ -144,61 +178,66 @@ def draft_mapping(draft: Draft, path: str, values: Mapping[str, Any]) -> None:
 def _geometry(shape: tuple[int, ...]) -> dict[str, Any]:
     if not shape:
         return {"chunks": ()}
-    if len(shape) == 1:
-        return {"chunks": (max(1, min(shape[0], OBS_ROWS_PER_CHUNK)),)}
-    rows = max(1, min(shape[0], OBSM_ROWS_PER_CHUNK))
+    flat = len(shape) == 1
+    rows = max(1, min(shape[0], OBS_ROWS_PER_CHUNK if flat else OBSM_ROWS_PER_CHUNK))
     geometry: dict[str, Any] = {"chunks": (rows, *(max(1, n) for n in shape[1:]))}
     if shape[0] > rows:
-        geometry["shards"] = (OBSM_ROWS_PER_SHARD, *shape[1:])
+        per_file = rows * OBS_CHUNKS_PER_SHARD if flat else OBSM_ROWS_PER_SHARD
+        geometry["shards"] = (min(per_file, -(-shape[0] // rows) * rows), *shape[1:])
     return geometry
 
 
 def draft_frame(draft: Draft, path: str, frame: pd.DataFrame) -> None:
     """Write a data frame: numbers, booleans, nullable ones, categoricals and strings."""
+    draft_obs(draft, path, as_obs(frame))
+
+
+def draft_obs(draft: Draft, path: str, obs: Obs) -> None:
+    """Write a table column by column, each by pieces of rows."""
     attributes = {
         "encoding-type": "dataframe",
         "encoding-version": "0.2.0",
         "_index": "_index",
-        "column-order": [str(name) for name in frame.columns],
+        "column-order": list(obs.schema),
     }
     draft.group(path, attributes)
-    draft.strings(f"{path}/_index", frame.index.to_numpy())
-    for name in frame.columns:
-        draft_column(draft, f"{path}/{name}", frame[name])
+    draft.stream(f"{path}/_index".lstrip("/"), (obs.n_obs,), str, obs.names, STRINGS)
+    for name, schema in obs.schema.items():
+        where = f"{path}/{name}".lstrip("/")
+        _draft_values(draft, where, obs.n_obs, schema, obs.columns[name], ordered=name in obs.ordered)
 
 
 def draft_column(draft: Draft, path: str, column: pd.Series) -> None:
     """Write one column in the AnnData encoding of its dtype."""
-    dtype = column.dtype
-    if isinstance(dtype, pd.CategoricalDtype):
-        categories = dtype.categories
-        draft.group(
-            path,
-            {"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": bool(dtype.ordered)},
-        )
-        codes = np.asarray(column.cat.codes)
-        draft.array(f"{path}/codes", codes)
-        if categories.dtype.kind in "iufb":
-            draft.array(f"{path}/categories", categories.to_numpy())
+    obs = as_obs(column.to_frame("x"))
+    _draft_values(draft, path, len(column), obs.schema["x"], obs.columns["x"], ordered="x" in obs.ordered)
+
+
+def _draft_values(
+    draft: Draft, path: str, n: int, schema: Mapping[str, Any], read: Callable[[int, int], Piece], *,
+    ordered: bool,
+) -> None:  # fmt: skip
+    """One column: its kind follows from its schema, and from whether anything of it can be missing."""
+    values, missing = read(0, 0)
+    dtype = values.dtype
+
+    def rows(part: int) -> Callable[[int, int], Any]:
+        return lambda a, b: read(a, b)[part]
+
+    if schema["dtype"] == "category":
+        draft.group(path, {"encoding-type": "categorical", "encoding-version": "0.2.0", "ordered": ordered})
+        draft.stream(f"{path}/codes", (n,), dtype, rows(0))
+        categories, _ = plain(pd.Series(schema["categories"], dtype=None if schema["categories"] else object))
+        if isinstance(categories, np.ndarray):
+            draft.array(f"{path}/categories", categories)
         else:
-            draft.strings(f"{path}/categories", categories.astype(str))
-    elif hasattr(dtype, "numpy_dtype") and dtype.kind in "iub":  # pandas's nullable integers and booleans
-        kind = "nullable-boolean" if dtype.kind == "b" else "nullable-integer"
-        draft.group(path, {"encoding-type": kind, "encoding-version": "0.1.0"})
-        draft.array(f"{path}/values", column.to_numpy(dtype=dtype.numpy_dtype, na_value=0))
-        draft.array(f"{path}/mask", column.isna().to_numpy())
-    elif dtype.kind in "iufb":
-        draft.array(path, column.to_numpy())
-    elif pd.api.types.is_string_dtype(dtype) or dtype.kind == "O":
-        missing = column.isna().to_numpy()
-        text = column.astype(object).where(~missing, "").astype(str).to_numpy()
-        if not missing.any():
-            draft.strings(path, text)
-            return
-        draft.group(path, {"encoding-type": "nullable-string-array", "encoding-version": "0.1.0"})
-        draft.strings(f"{path}/values", text)
-        draft.array(f"{path}/mask", missing)
-    else:
-        raise InputError(
-            f"dtype {dtype} can't be stored", where=f"column {path}", fix="convert it to text or numbers"
-        )
+            draft.stream(f"{path}/categories", (len(categories),), str, lambda a, b: categories[a:b], STRINGS)
+        return
+    attributes = STRINGS if dtype is str else None
+    if missing is None:
+        draft.stream(path, (n,), dtype, rows(0), attributes)
+        return
+    kind = "string-array" if dtype is str else "boolean" if np.dtype(dtype).kind == "b" else "integer"
+    draft.group(path, {"encoding-type": f"nullable-{kind}", "encoding-version": "0.1.0"})
+    draft.stream(f"{path}/values", (n,), dtype, rows(0), attributes)
+    draft.stream(f"{path}/mask", (n,), bool, rows(1))

@@ -6,7 +6,7 @@ import contextlib
 import os
 import shutil
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from streamx.errors import IntegrityError, LockedError, StorageError, UsageError
-from streamx.store.location import RESTORE, Bytes, ObjectTable, Range, check_key, storage_error
+from streamx.store.location import RESTORE, Bytes, ObjectTable, Put, Range, check_key, storage_error
 
 if TYPE_CHECKING:
     from zarr.abc.store import Store
@@ -120,9 +120,8 @@ class Folder:
                 tmp.unlink()
             raise storage_error(error, f"{self.root}/{key}") from error
 
-    def write_all(self, objects: Mapping[str, bytes]) -> None:
-        for key, data in objects.items():
-            self.write(key, data)
+    def write_all(self, produce: Callable[[Put], None]) -> None:
+        produce(self.write)
 
     def replace(self, key: str, data: bytes, before: bytes | None) -> None:
         now = self.read(key) if self.exists(key) else None
@@ -130,10 +129,10 @@ class Folder:
             raise LockedError("another process has written here", where=f"{self.root}/{key}")
         self.write(key, data)
 
-    def put_tree(self, objects: Mapping[str, bytes]) -> None:
+    def put_tree(self, produce: Callable[[Put], None]) -> None:
         partial = Folder(self.root.with_name(f".{self.root.name}.partial"))
         shutil.rmtree(partial.root, ignore_errors=True)
-        partial.write_all(objects)
+        produce(partial.write)
         if self.root.exists():
             shutil.rmtree(self.root)
         os.replace(partial.root, self.root)

@@ -47,6 +47,7 @@ class Journal:
         self.location = Folder(store.journal)
         self.tmp = self.location.root / "tmp"
         self.ingest = self.location.root / "ingest"
+        self.rows = self.location.root / "rows"  # arrays over cells; every run makes them anew
         self._begun = False
         self._lock: int | None = _lock(self.location.root)
         if fingerprint is not None:
@@ -115,6 +116,11 @@ class Journal:
         if self.fingerprint in committed:
             self.clear(keep=(self.ingest.name,))
             self.location.delete(SETTINGS)
+
+    def laid_down(self) -> int:
+        """Bytes that an interrupted run has left here and in the store."""
+        folders = [root for root in (self.location.root, self.store.root) if isinstance(root, Path)]
+        return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
     def find(self, name: str) -> Any | None:
         """What :meth:`record` wrote under this name, or None."""

@@ -20,9 +20,12 @@ CHUNKS_PER_SHARD = 1024
 VALUES_MULTIPLE = 1024
 MAX_SHARD_VALUES = 1 << 24
 OFFSETS_PER_CHUNK = 1 << 13  # of indptr: few enough to decode for one block of rows
-OBS_ROWS_PER_CHUNK = 1 << 20
+# obs columns: one chunk is what a reader of a few rows decodes, a zarr shard of them is one file
+OBS_ROWS_PER_CHUNK = 1 << 17
+OBS_CHUNKS_PER_SHARD = 8
 OBSM_ROWS_PER_CHUNK = 1 << 13
 OBSM_ROWS_PER_SHARD = 1 << 16
+ZSTD_LEVEL = 3
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def column_codecs() -> dict[str, Any]:
     """Codecs of everything that is not the matrix: obs, var, obsm."""
     from zarr.codecs import Crc32cCodec, ZstdCodec
 
-    return {"compressors": [ZstdCodec(level=3), Crc32cCodec()]}
+    return {"compressors": [ZstdCodec(level=ZSTD_LEVEL), Crc32cCodec()]}
 
 
 def expect_warnings() -> None:

@@ -11,7 +11,7 @@ import errno
 import os
 import posixpath
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -29,6 +29,7 @@ SCHEMES = ("s3", "gs", "az")
 Bytes = bytes | memoryview
 ObjectTable = dict[str, list[Any]]  # key -> [bytes, CRC-32], as :func:`describe` gives them
 Range = tuple[str, int, int, int]  # key, first byte, bytes, where in the buffer
+Put = Callable[..., None]  # takes an object's key and its bytes, in pieces
 
 
 class Location(Protocol):
@@ -107,8 +108,8 @@ class Location(Protocol):
     def write(self, key: str, *data: Bytes) -> None:
         """Put a whole object (the pieces, joined) in place: a reader sees the old one or the new one."""
 
-    def write_all(self, objects: Mapping[str, bytes]) -> None:
-        """Put several objects in place, in any order; in a bucket many at once."""
+    def write_all(self, produce: Callable[[Put], None]) -> None:
+        """Put in place what `produce` puts, in any order; in a bucket many at once."""
 
     def replace(self, key: str, data: bytes, before: bytes | None) -> None:
         """Write an object if it still is what it was (None: if there is none), or is `data` already.
@@ -119,7 +120,7 @@ class Location(Protocol):
             If another process has put something else there.
         """
 
-    def put_tree(self, objects: Mapping[str, bytes]) -> None:
+    def put_tree(self, produce: Callable[[Put], None]) -> None:
         """Put a whole zarr hierarchy here, instead of all that was here: no reader sees half of it.
 
         In a bucket its ``zarr.json`` goes first and comes last: meanwhile there is none.
@@ -241,6 +242,16 @@ def check_key(key: str, where: str) -> str:
 def crc32c(data: bytes | memoryview) -> str:
     """CRC-32C (Castagnoli) of the bytes, eight hexadecimal digits; see :func:`describe` for objects."""
     return f"{google_crc32c.value(bytes(data)):08x}"
+
+
+def each(objects: Mapping[str, bytes]) -> Callable[[Put], None]:
+    """Objects that are in memory, for :meth:`Location.write_all`."""
+
+    def produce(put: Put) -> None:
+        for key, data in objects.items():
+            put(key, data)
+
+    return produce
 
 
 def describe(*data: Bytes) -> list[Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +22,10 @@ from streamx.config import parse_bytes
 from streamx.errors import IntegrityError, UsageError
 from streamx.store import layout
 from streamx.store.collection import Collection
-from streamx.store.draft import Draft, draft_anndata_shell, draft_frame
-from streamx.store.frame import obs_schema
+from streamx.store.draft import Draft, draft_anndata_shell, draft_frame, draft_obs
+from streamx.store.encode import matrix_chunk, matrix_shard
 from streamx.store.journal import Journal
-from streamx.store.location import Location, ObjectTable, crc32c, describe, open_location
+from streamx.store.location import Bytes, Location, ObjectTable, Put, crc32c, describe, open_location
 from streamx.store.manifest import (
     MARKER,
     Generation,
@@ -38,6 +38,10 @@ from streamx.store.manifest import (
     read_generation,
     run_tag,
 )
+from streamx.store.needs import Needs, at_once, refuse
+from streamx.store.obs import Obs, as_obs
+from streamx.store.plan import ShardPlan, plan_shards
+from streamx.store.scratch import pieces
 from streamx.store.spill import Slab, Spill, npy_pieces, spill
 from streamx.threads import run_all, thread_count
 
@@ -64,10 +68,12 @@ class Content:
         Settings and inputs that a resumed run must share.
     value_dtype
         None: the smallest unsigned integers that hold the maximum; else a dtype.
+    needs
+        What writing it will take, where that was predicted.
     """
 
     kind: str
-    obs: pd.DataFrame
+    obs: Obs | pd.DataFrame
     var: pd.DataFrame
     batch_key: str | None
     fingerprint: dict[str, Any]
@@ -77,49 +83,7 @@ class Content:
     sources: Sequence[dict[str, Any]] = ()
     view: dict[str, Any] | None = None
     value_dtype: str | None = None
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """Geometry of one shard: rows first..first + n_obs of the part, cut into zarr shards by value."""
-
-    path: str
-    first: int
-    indptr: np.ndarray
-    chunk: int
-    shard: int
-
-    @property
-    def n_obs(self) -> int:
-        return len(self.indptr) - 1
-
-    @property
-    def nnz(self) -> int:
-        return int(self.indptr[-1])
-
-    @property
-    def cuts(self) -> list[tuple[int, int]]:
-        """Value ranges of the zarr shards."""
-        return [(low, min(low + self.shard, self.nnz)) for low in range(0, self.nnz, self.shard)]
-
-    def rows(self, low: int, high: int) -> tuple[int, int]:
-        """The rows that hold the values low..high."""
-        start = int(np.searchsorted(self.indptr, low, side="right")) - 1
-        return start, int(np.searchsorted(self.indptr, high, side="left"))
-
-
-def plan_shards(row_nnz: np.ndarray, *, first_number: int, shard_rows: int, tag: str = "") -> list[ShardPlan]:
-    """Cut the rows of a part into shards. Pure: depends on the stored values per row only.
-
-    `tag` is what the shards' names end in (:func:`streamx.store.manifest.run_tag`).
-    """
-    chunk = layout.chunk_values(len(row_nnz), int(row_nnz.sum()))
-    plans = []
-    for number, first in enumerate(range(0, len(row_nnz), shard_rows), start=first_number):
-        indptr = np.concatenate([[0], np.cumsum(row_nnz[first : first + shard_rows], dtype=np.int64)])
-        shard = layout.shard_values(chunk, int(indptr[-1]))
-        plans.append(ShardPlan(f"shards/{number:06d}{tag}.zarr", first, indptr, chunk, shard))
-    return plans
+    needs: Needs | None = None
 
 
 def write_part(
@@ -156,6 +120,11 @@ def write_part(
     -------
     Collection
         The new generation.
+
+    Raises
+    ------
+    ResourceError
+        If disk or memory are too small by what was predicted.
     """
     location = open_location(path)
     if journal is None:
@@ -170,6 +139,10 @@ def write_part(
     base = read_generation(location) if append else None
     staged = location.staged(journal.tmp)
     limit, n = parse_bytes(memory), thread_count(threads)
+    if content.needs is not None:
+        local = isinstance(location.root, Path)  # else only the journal takes disk here
+        place = location.root if isinstance(location.root, Path) else journal.location.root
+        refuse(content.needs if local else content.needs.elsewhere, place, journal.laid_down())
     _write(staged, journal, base, slabs, content, preset, shard_rows, limit, n)
     journal.remove()
     return Collection(location)
@@ -239,22 +212,24 @@ def _write(
     memory: int,
     threads: int,
 ) -> None:
-    rows = Spill(spill(slabs, journal, threads=threads, progress="reading"), len(content.obs))
+    obs = as_obs(content.obs)
+    spilled = spill(slabs, journal, threads=threads, progress="reading")
+    rows = Spill(spilled, obs.n_obs, journal.rows)
     number = base.number + 1 if base else 1
     before = sum(part["n_shards"] for part in base.parts) if base else 0
     tag = run_tag(location, content.fingerprint, base)
-    plans = plan_shards(rows.row_nnz, first_number=before, shard_rows=shard_rows, tag=tag)
-    writer = _Writer(location, journal, rows, content, preset)
-    at_once = max(1, min(threads, memory // max(plan.shard * 24 for plan in plans))) if plans else 1
-    tasks = [partial(writer.matrix, plan, k) for plan in plans for k in range(len(plan.cuts))]
-    tasks += [partial(writer.frame, plan) for plan in plans]
+    plans = plan_shards(rows.ends, first_number=before, shard_rows=shard_rows, tag=tag)
+    writer = _Writer(location, journal, rows, content, obs, preset)
+    at_a_time = at_once(max((plan.shard for plan in plans), default=0), memory, threads)
+    tasks = [partial(writer.frame, plan) for plan in plans]
+    tasks += [partial(writer.part_obs, f"{number:06d}{tag}")]
+    tasks += [partial(writer.matrix, plan, k) for plan in plans for k in range(len(plan.cuts))]
     objects: ObjectTable = {}
-    for found in run_all(tasks, at_once, "writing"):
+    for found in run_all(tasks, at_a_time, "writing"):
         objects |= found
-    objects |= writer.part_obs(f"{number:06d}{tag}")
     shards = tuple(Shard(plan.path, plan.n_obs, plan.nnz) for plan in plans)
-    nnz, runs = int(rows.row_nnz.sum()), batch_runs(content)
-    part = Part(number, len(content.obs), nnz, shards, runs, tuple(content.sources), objects, tag)
+    nnz, runs = int(rows.ends[-1]), batch_runs(content)
+    part = Part(number, obs.n_obs, nnz, shards, runs, tuple(content.sources), objects, tag)
     part_path, part_data = dump_part(part)
     location.write(part_path, part_data)
     entry = {"path": part_path, "bytes": len(part_data), "crc32c": crc32c(part_data)}
@@ -266,13 +241,22 @@ def _write(
 
 def batch_runs(content: Content) -> tuple[tuple[str | None, int], ...]:
     """(batch, rows) of each stretch of cells of one batch, in row order."""
+    obs = as_obs(content.obs)
     if content.batch_key is None:
-        return ((None, len(content.obs)),)
-    batch = content.obs[content.batch_key].astype("category").cat
-    code_n = np.asarray(batch.codes)
-    starts = np.flatnonzero(np.diff(code_n, prepend=-2))
-    names = [None if code_n[start] < 0 else str(batch.categories[code_n[start]]) for start in starts]
-    return tuple(zip(names, np.diff(np.append(starts, len(code_n))).tolist(), strict=True))
+        return ((None, obs.n_obs),)
+    categories = obs.schema[content.batch_key]["categories"]
+    runs: list[tuple[str | None, int]] = []
+    for low, high in pieces(obs.n_obs):
+        code_n = np.asarray(obs.columns[content.batch_key](low, high)[0])
+        starts = np.flatnonzero(np.diff(code_n, prepend=code_n[0] + 1))
+        for start, size in zip(
+            starts.tolist(), np.diff(np.append(starts, len(code_n))).tolist(), strict=True
+        ):
+            name = None if code_n[start] < 0 else str(categories[code_n[start]])
+            if start == 0 and runs and runs[-1][0] == name:
+                size += runs.pop()[1]
+            runs.append((name, size))
+    return tuple(runs)
 
 
 def _next_generation(
@@ -295,7 +279,7 @@ def _next_generation(
         number=number,
         n_vars=len(content.var),
         batch_key=content.batch_key,
-        obs_schema=obs_schema(content.obs),
+        obs_schema=dict(as_obs(content.obs).schema),
         parts=(part,),
         fingerprint=content.fingerprint,
         modalities={
@@ -341,36 +325,32 @@ class _Writer:
     journal: Journal
     rows: Spill
     content: Content
+    obs: Obs
     preset: str
 
     def matrix(self, plan: ShardPlan, k: int) -> ObjectTable:
         """Zarr shard k of `indices` and of `data`."""
 
-        def encode() -> dict[str, bytes]:
+        def encode(put: Put) -> None:
             low, high = plan.cuts[k]
             start, stop = plan.rows(low, high)
-            arrays = self.rows.rows(plan.first + start, plan.first + stop, self.data_dtype, self.index_dtype)
-            offset = int(plan.indptr[start])
-            objects: dict[str, bytes] = {}
-            for name, values in zip(("indices", "data"), arrays, strict=True):
-                draft = Draft()
-                array = self._array(draft, plan, name)
-                array[low:high] = values[low - offset : high - offset]
-                objects |= {key: data for key, data in draft.take().items() if not key.endswith("zarr.json")}
-            return objects
+            offset = int(plan.ends[start] - plan.ends[0])
+            for name, dtype in (("indices", self.index_dtype), ("data", self.data_dtype)):
+                values = self.rows.values(name, plan.first + start, plan.first + stop, dtype)
+                chunk = matrix_chunk(self.preset, name, dtype)
+                mine = values[low - offset : high - offset]
+                put(f"X/{name}/c/{k}", *matrix_shard(mine, plan.chunk, plan.shard // plan.chunk, chunk))
 
         return self._step(f"{plan.path[7:-5]}-{k}", plan.path, encode)
 
     def frame(self, plan: ShardPlan) -> ObjectTable:
         """Everything of a shard but the values: obs, var, obsm, uns, indptr and all metadata."""
 
-        def encode() -> dict[str, bytes]:
-            draft = Draft()
-            rows = slice(plan.first, plan.first + plan.n_obs)
-            draft_anndata_shell(
-                draft, (plan.n_obs, len(self.content.var)), {"streamx": dict(self.content.uns)}
-            )
-            draft_frame(draft, "obs", self.content.obs.iloc[rows])
+        def encode(put: Put) -> None:
+            draft = Draft(put)
+            n_vars = len(self.content.var)
+            draft_anndata_shell(draft, (plan.n_obs, n_vars), {"streamx": dict(self.content.uns)})
+            draft_obs(draft, "obs", self.obs.rows(plan.first, plan.first + plan.n_obs))
             draft_frame(draft, "var", self.content.var)
             draft.empty("X/indptr", plan.indptr.shape, np.int64, **layout.offset_geometry(len(plan.indptr)))[
                 ...
@@ -378,23 +358,27 @@ class _Writer:
             for name in ("indices", "data"):
                 self._array(draft, plan, name)
             for name, (features, _) in self.content.obsm.items():
-                dtype = self.rows.dense_dtype(name)
-                draft.array(
-                    f"obsm/{name}", self.rows.dense(name, rows.start, rows.stop, len(features), dtype)
-                )
-            return draft.consolidated()
+                width, dtype = len(features), self.rows.dense_dtype(name)
+                read = partial(self._dense, name, plan.first, width, dtype)
+                draft.stream(f"obsm/{name}", (plan.n_obs, width), dtype, read)
+            for key, data in draft.consolidated().items():
+                put(key, data)
 
         return self._step(f"{plan.path[7:-5]}-frame", plan.path, encode)
 
     def part_obs(self, name: str) -> ObjectTable:
         """obs of the whole part in large column chunks."""
 
-        def encode() -> dict[str, bytes]:
-            draft = Draft()
-            draft_frame(draft, "", self.content.obs)
-            return draft.take()
+        def encode(put: Put) -> None:
+            draft = Draft(put)
+            draft_obs(draft, "", self.obs)
+            for key, data in draft.take().items():
+                put(key, data)
 
         return self._step(f"obs-{name}", f"obs/{name}.zarr", encode)
+
+    def _dense(self, name: str, first: int, width: int, dtype: np.dtype, low: int, high: int) -> np.ndarray:
+        return self.rows.dense(name, first + low, first + high, width, dtype)
 
     @property
     def data_dtype(self) -> np.dtype:
@@ -413,13 +397,21 @@ class _Writer:
             f"X/{name}", (plan.nnz,), dtype, chunks=(plan.chunk,), shards=(plan.shard,), **codecs
         )
 
-    def _step(self, name: str, prefix: str, encode: Any) -> ObjectTable:
+    def _step(self, name: str, prefix: str, encode: Callable[[Put], None]) -> ObjectTable:
         done = self.journal.find(name)
         if done and all(self._unharmed(key, expected) for key, expected in done.items()):
             return done
-        objects = {f"{prefix}/{key}": data for key, data in encode().items()}
-        self.location.write_all(objects)
-        table: ObjectTable = {key: describe(data) for key, data in objects.items()}
+        table: ObjectTable = {}
+
+        def described(put: Put) -> None:
+            def noted(key: str, *data: Bytes) -> None:
+                put(f"{prefix}/{key}", *data)
+                table[f"{prefix}/{key}"] = describe(*data)
+
+            encode(noted)
+
+        self.location.write_all(described)
+        table = {key: table[key] for key in sorted(table)}
         self.journal.record(name, table)
         return table
 

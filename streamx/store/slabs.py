@@ -40,9 +40,19 @@ def blame(source: Source) -> Iterator[None]:
 
 
 def modalities(
-    sources: list[Source], wanted: Sequence[str], batches: list[np.ndarray], base: Collection | None
+    sources: list[Source],
+    wanted: Sequence[str],
+    code_n: np.ndarray,
+    batches: Sequence[str],
+    base: Collection | None,
 ) -> dict[str, tuple[list[str], dict[str, list[bool]]]]:
-    """Features of each dense matrix to carry, and per batch which were measured (not zero throughout)."""
+    """Features of each dense matrix to carry, and per batch which were measured (not zero throughout).
+
+    Parameters
+    ----------
+    code_n, batches
+        Batch of each cell of all sources, one after the other, as a position in `batches`.
+    """
     found: dict[str, tuple[list[str], dict[str, list[bool]]]] = {}
     for name in wanted:
         offered = [source.obsm[name] for source in sources if name in source.obsm]
@@ -51,12 +61,15 @@ def modalities(
             continue
         names = known or list(dict.fromkeys(feature for features in offered for feature in features))
         sums: dict[str, np.ndarray] = {}
-        for source, batch_n in zip(sources, batches, strict=True):
+        first = 0
+        for source in sources:
             for low, dense in _dense_rows(source, name, names):
-                rows = batch_n[low : low + len(dense)]
-                for batch in np.unique(rows.astype(str)):
-                    total = np.abs(dense[rows.astype(str) == batch]).sum(axis=0)
+                mine = code_n[first + low : first + low + len(dense)]
+                for code in np.unique(mine).tolist():
+                    total = np.abs(dense[mine == code]).sum(axis=0)
+                    batch = batches[code]
                     sums[batch] = sums.get(batch, np.zeros(len(names))) + total
+            first += source.n_obs
         found[name] = (names, {batch: (total > 0).tolist() for batch, total in sorted(sums.items())})
     return found
 
@@ -79,19 +92,25 @@ def _dense(source: Source, name: str, names: list[str], low: int, high: int) -> 
     return dense
 
 
-def slabs_of(
-    source: Source, key: str, columns: np.ndarray, rows: np.ndarray, n_genes: int,
-    obsm: Mapping[str, tuple[list[str], Any]], config: ConvertConfig, memory: int,
-) -> Iterator[Slab]:  # fmt: skip
-    """A file in slabs that `threads` threads can hold at once."""
-    per_row = 0.0
+def probe(source: Source, columns: np.ndarray, n_genes: int) -> tuple[float, sparse.csr_matrix]:
+    """The most values per row that eight places of a file show, and these rows on the store's genes."""
+    most, found = 0.0, []
     for low in range(0, source.n_obs, max(64, -(-source.n_obs // 8))):
         with blame(source):
-            probe = source.read(low, low + 64)
-        per_row = max(per_row, probe.nnz / probe.shape[0])
+            rows = source.read(low, low + 64)
+        most = max(most, rows.nnz / rows.shape[0])
+        found.append(genes.map_columns(rows, columns, n_genes))
+    return most, sparse.vstack(found, format="csr")
+
+
+def slabs_of(
+    source: Source, key: str, columns: np.ndarray, rows: np.ndarray, n_genes: int,
+    obsm: Mapping[str, tuple[list[str], Any]], config: ConvertConfig, memory: int, per_row: float,
+) -> Iterator[Slab]:  # fmt: skip
+    """A file in slabs that `threads` threads can hold at once; it has up to `per_row` values per row."""
     # a slab is held about four times over while it is mapped and sorted: indices and values, 16 bytes each
-    per_row = 4 * 16 * (per_row + 16)
-    size = int(np.clip(memory / 4 / thread_count(config.threads) / per_row, MIN_SLAB_ROWS, MAX_SLAB_ROWS))
+    row_bytes = 4 * 16 * (per_row + 16)
+    size = int(np.clip(memory / 4 / thread_count(config.threads) / row_bytes, MIN_SLAB_ROWS, MAX_SLAB_ROWS))
     # the name of a file or key may be anything, a slab's becomes a folder
     name = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).hexdigest()
     for low in range(0, source.n_obs, size):

@@ -7,7 +7,7 @@ rows start..stop of the result are one contiguous piece of every slab.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,8 +16,11 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from streamx.compiled import compiled
+from streamx.store import layout
 from streamx.store.journal import Journal
 from streamx.store.location import ObjectTable, describe
+from streamx.store.scratch import new_array, pieces
 from streamx.threads import run_all
 
 Dense = dict[str, np.ndarray]
@@ -47,23 +50,21 @@ class Slab:
 class Spilled:
     """A slab on disk: rows sorted by destination, as plain .npy files that are mapped when read.
 
-    `maximum` is the largest value (0 for none); `counts` says that all are integers and none is negative.
+    `maximum` is the largest value (0 for none); `counts` says that all are integers and none is negative;
+    `first` and `last` are the destinations that it reaches over.
     """
 
     folder: Path
     maximum: float
     counts: bool
-
-    @cached_property
-    def rows(self) -> np.ndarray:
-        return np.load(self.folder / "rows.npy")
-
-    @cached_property
-    def indptr(self) -> np.ndarray:
-        return np.load(self.folder / "indptr.npy")
+    first: int
+    last: int
 
     def array(self, name: str) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+
+    def has(self, name: str) -> bool:
+        return (self.folder / f"{name}.npy").exists()
 
 
 def spill(slabs: Sequence[Slab], journal: Journal, *, threads: int, progress: str) -> list[Spilled]:
@@ -74,31 +75,52 @@ def spill(slabs: Sequence[Slab], journal: Journal, *, threads: int, progress: st
 def _spill_one(slab: Slab, journal: Journal) -> Spilled:
     name, prefix = f"spill-{slab.key}", f"spill/{slab.key}"
     folder = journal.location.path(prefix)
-    rows = np.asarray(slab.rows, dtype=np.int64)
+    rows = np.ascontiguousarray(slab.rows, dtype=np.int64)
     done = journal.find(name)
     # another limit of memory cuts other slabs, possibly under the same key
     if done and done["rows"] == describe(rows.data) and _unharmed(folder, done["files"]):
-        return Spilled(folder, done["maximum"], done["counts"])
+        return Spilled(folder, done["maximum"], done["counts"], done["first"], done["last"])
     x_ng, dense = slab.read()
     order = np.argsort(rows, kind="stable")
-    x_ng = x_ng[order]
-    x_ng.sort_indices()
-    arrays: dict[str, np.ndarray] = {
-        "rows": rows[order],
-        "indptr": x_ng.indptr.astype(np.int64),
-        "indices": x_ng.indices,
-        "data": x_ng.data,
-    }
+    maximum = x_ng.data.max().item() if x_ng.nnz else 0
+    counts = x_ng.dtype.kind in "ui" and (not x_ng.nnz or x_ng.data.min().item() >= 0)
+    arrays: dict[str, np.ndarray] = {"rows": rows[order]}
+    arrays |= _reordered(x_ng, order, layout.smallest_unsigned(maximum) if counts else x_ng.dtype)
+    del x_ng
     arrays |= {f"obsm.{key}": values[order] for key, values in dense.items()}
     files = {}
     for part, values in arrays.items():
-        pieces = npy_pieces(values)
-        journal.location.write(f"{prefix}/{part}.npy", *pieces)
-        files[part] = describe(*pieces)
-    maximum = x_ng.data.max().item() if x_ng.nnz else 0
-    counts = x_ng.dtype.kind in "ui" and (not x_ng.nnz or x_ng.data.min().item() >= 0)
-    journal.record(name, {"rows": describe(rows.data), "maximum": maximum, "counts": counts, "files": files})
-    return Spilled(folder, maximum, counts)
+        data = npy_pieces(values)
+        journal.location.write(f"{prefix}/{part}.npy", *data)
+        files[part] = describe(*data)
+    about = {"rows": describe(rows.data), "maximum": maximum, "counts": counts, "files": files}
+    first, last = (int(rows[order[0]]), int(rows[order[-1]])) if len(rows) else (0, -1)
+    journal.record(name, about | {"first": first, "last": last})
+    return Spilled(folder, maximum, counts, first, last)
+
+
+def _reordered(x_ng: sparse.csr_matrix, order: np.ndarray, dtype: np.dtype) -> dict[str, np.ndarray]:
+    """The rows in another order, columns sorted inside each, in dtypes no wider than they must be."""
+    if not x_ng.has_sorted_indices:
+        x_ng.sort_indices()
+    indptr = np.zeros(len(order) + 1, np.int64)
+    np.cumsum(np.diff(x_ng.indptr)[order], out=indptr[1:])
+    indices = np.empty(x_ng.nnz, layout.index_dtype(x_ng.shape[1]))
+    data = np.empty(x_ng.nnz, dtype)
+    places = np.arange(len(order))
+    for values, out in ((x_ng.indices, indices), (x_ng.data, data)):
+        _copy_rows(x_ng.indptr, values, order, indptr, places, out)
+    return {"indptr": indptr, "indices": indices, "data": data}
+
+
+@compiled
+def _copy_rows(indptr, values, rows, begin, places, out):
+    """Values of row `rows[i]` of a CSR matrix to where row `places[i]` begins in another one."""
+    for i in range(rows.size):
+        at = begin[places[i]]
+        for j in range(indptr[rows[i]], indptr[rows[i] + 1]):
+            out[at] = values[j]
+            at += 1
 
 
 def npy_pieces(values: np.ndarray) -> tuple[bytes, memoryview]:
@@ -119,18 +141,24 @@ def _unharmed(folder: Path, files: ObjectTable) -> bool:
 
 @dataclass(frozen=True)
 class Spill:
-    """All slabs as one row space, in destination order."""
+    """All slabs as one row space, in destination order; `scratch` holds an array over it."""
 
     slabs: Sequence[Spilled]
     n_obs: int
+    scratch: Path
 
     @cached_property
-    def row_nnz(self) -> np.ndarray:
-        """Stored values per destination row, int64, (n_obs,)."""
-        nnz = np.zeros(self.n_obs, dtype=np.int64)
+    def ends(self) -> np.ndarray:
+        """Where the values of each destination row begin and, last, their number; int64, (n_obs + 1,)."""
+        ends = new_array(self.scratch / "ends", self.n_obs + 1, np.int64)
         for slab in self.slabs:
-            nnz[slab.rows] = np.diff(slab.indptr)
-        return nnz
+            ends[slab.array("rows") + 1] = np.diff(slab.array("indptr"))
+        total = 0
+        for low, high in pieces(self.n_obs + 1):
+            np.cumsum(ends[low:high], out=ends[low:high])
+            ends[low:high] += total
+            total = int(ends[high - 1])
+        return ends
 
     @property
     def maximum(self) -> float:
@@ -140,41 +168,32 @@ class Spill:
     def counts(self) -> bool:
         return all(slab.counts for slab in self.slabs)
 
-    def rows(self, start: int, stop: int, data_dtype: Any, index_dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Indices and data of the destination rows start..stop, concatenated in row order."""
-        nnz = self.row_nnz[start:stop]
-        begin = np.concatenate([[0], np.cumsum(nnz)])
-        indices = np.empty(begin[-1], dtype=index_dtype)
-        data = np.empty(begin[-1], dtype=data_dtype)
-        for slab, low, high in self._pieces(start, stop):
-            source = slice(slab.indptr[low], slab.indptr[high])
-            lengths = np.diff(slab.indptr[low : high + 1])
-            offset = begin[slab.rows[low:high] - start] - (slab.indptr[low:high] - slab.indptr[low])
-            target = np.arange(source.stop - source.start) + np.repeat(offset, lengths)
-            indices[target] = slab.array("indices")[source]
-            data[target] = slab.array("data")[source]
-        return indices, data
+    def values(self, name: str, start: int, stop: int, dtype: Any) -> np.ndarray:
+        """`indices` or `data` of the destination rows start..stop, concatenated in row order."""
+        begin = np.asarray(self.ends[start : stop + 1] - self.ends[start])
+        out = np.empty(int(begin[-1]), dtype=dtype)
+        for slab, rows, low, high in self._pieces(start, stop):
+            _copy_rows(slab.array("indptr"), slab.array(name), np.arange(low, high), begin, rows - start, out)
+        return out
 
     def dense(self, name: str, start: int, stop: int, width: int, dtype: Any) -> np.ndarray:
         """Rows start..stop of a dense matrix; zeros where a slab doesn't have it."""
         values = np.zeros((stop - start, width), dtype=dtype)
-        for slab, low, high in self._pieces(start, stop):
-            if (slab.folder / f"obsm.{name}.npy").exists():
-                values[slab.rows[low:high] - start] = slab.array(f"obsm.{name}")[low:high]
+        for slab, rows, low, high in self._pieces(start, stop):
+            if slab.has(f"obsm.{name}"):
+                values[rows - start] = slab.array(f"obsm.{name}")[low:high]
         return values
 
     def dense_dtype(self, name: str) -> np.dtype:
-        found = [
-            slab.array(f"obsm.{name}").dtype
-            for slab in self.slabs
-            if (slab.folder / f"obsm.{name}.npy").exists()
-        ]
+        found = [slab.array(f"obsm.{name}").dtype for slab in self.slabs if slab.has(f"obsm.{name}")]
         return np.result_type(*found) if found else np.dtype(np.float32)
 
-    def _pieces(self, start: int, stop: int) -> list[tuple[Spilled, int, int]]:
-        found = []
+    def _pieces(self, start: int, stop: int) -> Iterator[tuple[Spilled, np.ndarray, int, int]]:
+        """Each slab that has some of these rows: their destinations, and which of its own they are."""
         for slab in self.slabs:
-            low, high = np.searchsorted(slab.rows, [start, stop])
+            if slab.last < start or slab.first >= stop:
+                continue
+            rows = slab.array("rows")
+            low, high = np.searchsorted(rows, [start, stop]).tolist()
             if high > low:
-                found.append((slab, int(low), int(high)))
-        return found
+                yield slab, np.asarray(rows[low:high]), low, high

@@ -126,5 +126,6 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_contract_of_verbs() -> None:
-    names = "convert info verify annotate preprocess train project transfer metrics plot integrate demo"
+    names = "convert info verify annotate preprocess train project transfer metrics plot integrate"
+    names += " simulate demo"
     assert [verb.name for verb in VERBS] == names.split()

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from streamx.errors import IntegrityError, LockedError, StorageError, StreamxError, UsageError
 from streamx.store.bucket import Bucket, merge
 from streamx.store.folder import Folder
-from streamx.store.location import Location, describe, follow, open_location, relative
+from streamx.store.location import Location, describe, each, follow, open_location, relative
 
 QUICK = {"timeout": 1.0, "retry_seconds": 3.0}
 ODD = ["a/b/c", "cell type/zarr.json", "über%20#1~é?&+", "x{y}:*", "c/0/.hidden"]
@@ -103,8 +103,8 @@ def test_replace(place: Location) -> None:
 
 def test_put_tree(place: Location) -> None:
     below = place.below("q.zarr")
-    below.put_tree({"zarr.json": b"{}", "obs/zarr.json": b"1", "obs/x/c/0": b"2"})
-    below.put_tree({"zarr.json": b"{2}", "obs/zarr.json": b"3"})
+    below.put_tree(each({"zarr.json": b"{}", "obs/zarr.json": b"1", "obs/x/c/0": b"2"}))
+    below.put_tree(each({"zarr.json": b"{2}", "obs/zarr.json": b"3"}))
     assert {key: place.read(key) for key in place.list()} == {
         "q.zarr/zarr.json": b"{2}",
         "q.zarr/obs/zarr.json": b"3",

@@ -10,14 +10,16 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from store_samples import assert_holds, sample, with_names
 
 import streamx as sx
 from streamx.errors import BatchError, UsageError
-from streamx.store.cells import MAX_CATEGORIES, names_digest, row_order, unique_names, unite
+from streamx.store.cells import MAX_CATEGORIES, unite
 from streamx.store.frame import cast, obs_schema, safe_name
+from streamx.store.order import names_digest, row_order, unique_names
+from streamx.store.text import joined, text_of
 
 
 def united(*columns: list | pd.Series | pd.Categorical | None, before: dict | None = None) -> pd.Series:
@@ -127,6 +129,7 @@ class TestUnion:
         assert list(whole) == expected
 
 
+FIXTURE = (HealthCheck.function_scoped_fixture,)
 values = st.one_of(
     st.lists(st.integers(-5, 5), min_size=1, max_size=4),
     st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), min_size=1, max_size=4),
@@ -241,25 +244,37 @@ class TestBatches:
 
 
 class TestNames:
-    def frames(self, **names: list[str]) -> dict[str, pd.DataFrame]:
-        return {key: pd.DataFrame(index=pd.Index(value, dtype=object)) for key, value in names.items()}
+    def unique(self, folder: Path, taken: list[str] = [], **files: list[str]) -> list[str]:  # noqa: B006
+        names = joined(map(text_of, files.values()))
+        lengths = [len(mine) for mine in files.values()]
+        hashes = text_of(taken).hashes()
+        return unique_names(names, list(files), lengths, folder, hashes).strings().tolist()
 
-    def test_only_shared_names_get_the_file(self) -> None:
-        names = unique_names(self.frames(a=["c1", "c2"], b=["c2", "c3"]))
-        assert names.tolist() == ["c1", "c2-a", "c2-b", "c3"]
+    def test_only_shared_names_get_the_file(self, tmp_path: Path) -> None:
+        names = self.unique(tmp_path, a=["c1", "c2"], b=["c2", "c3"])
+        assert names == ["c1", "c2-a", "c2-b", "c3"]
 
-    def test_twice_in_a_file(self) -> None:
-        names = unique_names(self.frames(a=["c1", "c1", "c1"], b=["c2"]))
-        assert len(set(names)) == 4
-        assert all(name.startswith("c1-a") for name in names[:3])
+    def test_twice_in_a_file(self, tmp_path: Path) -> None:
+        names = self.unique(tmp_path, a=["c1", "c1", "c1"], b=["c2"])
+        assert names == ["c1-a", "c1-a-1", "c1-a-2", "c2"]
 
-    def test_taken_names(self) -> None:
-        taken = pd.Index(["c1", "c1-b", "c2"])
-        names = unique_names(self.frames(b=["c1", "c2", "c3"]), taken)
+    def test_taken_names(self, tmp_path: Path) -> None:
+        taken = ["c1", "c1-b", "c2"]
+        names = self.unique(tmp_path, taken, b=["c1", "c2", "c3"])
         assert len(set(names) | set(taken)) == 6
         assert names[2] == "c3"
 
-    @settings(max_examples=80, deadline=None)
+    def test_in_pieces(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = {key: [f"c{i % 41}" for i in range(n)] for key, n in (("a", 90), ("b", 35), ("c", 1))}
+        files["c"] = ["alone é"]
+        whole = self.unique(tmp_path, ["c3"], **files)
+        monkeypatch.setattr("streamx.store.scratch.PIECE_ROWS", 7)
+        monkeypatch.setattr("streamx.store.order.BUCKET_ROWS", 10)
+        assert self.unique(tmp_path, ["c3"], **files) == whole
+        assert len(set(whole)) == 126
+        assert whole[-1] == "alone é"
+
+    @settings(max_examples=80, deadline=None, suppress_health_check=FIXTURE)
     @given(
         st.lists(
             st.lists(st.sampled_from(["c", "c-a", "c-a-1", "c-b", "d", ""]), max_size=5),
@@ -268,12 +283,11 @@ class TestNames:
         ),
         st.lists(st.sampled_from(["c", "c-a", "c-b-1"]), unique=True),
     )
-    def test_always_unique(self, files: list[list[str]], taken: list[str]) -> None:
-        frames = self.frames(**dict(zip("abc", files, strict=False)))
-        names = list(unique_names(frames, pd.Index(taken, dtype=object)))
+    def test_always_unique(self, tmp_path: Path, files: list[list[str]], taken: list[str]) -> None:
+        names = self.unique(tmp_path, taken, **dict(zip("abc", files, strict=False)))
         assert len(set(names)) == len(names)
         assert not set(names) & set(taken)
-        originals = [name for frame in frames.values() for name in frame.index]
+        originals = [name for file in files for name in file]
         assert all(new.startswith(old) for new, old in zip(names, originals, strict=True))
 
     def test_originals_are_kept(self, tmp_path: Path) -> None:
@@ -295,7 +309,7 @@ class TestNames:
 
 
 class TestRowOrder:
-    @settings(max_examples=60, deadline=None)
+    @settings(max_examples=60, deadline=None, suppress_health_check=FIXTURE)
     @given(
         st.lists(st.integers(1, 9), min_size=1, max_size=4),
         st.integers(-(2**70), 2**70),
@@ -303,7 +317,7 @@ class TestRowOrder:
         st.randoms(use_true_random=False),
     )
     def test_files_in_any_order_give_the_same(
-        self, lengths: list[int], seed: int, n_batches: int, random
+        self, tmp_path: Path, lengths: list[int], seed: int, n_batches: int, random
     ) -> None:
         rng = np.random.default_rng(len(lengths))
         batches = [rng.integers(0, n_batches, n) for n in lengths]
@@ -311,13 +325,15 @@ class TestRowOrder:
         checksums = [f"{i}" for i in range(len(lengths))]
 
         def order(which: list[int]) -> list[tuple[int, int]]:
-            destination = row_order(
+            placed_rows, destination = row_order(
                 np.concatenate([batches[i] for i in which]),
                 [digests[i] for i in which],
                 [checksums[i] for i in which],
                 [lengths[i] for i in which],
                 seed,
+                tmp_path,
             )
+            assert (destination[placed_rows] == np.arange(sum(lengths))).all()
             assert sorted(destination) == list(range(sum(lengths)))
             rows = [(i, row) for i in which for row in range(lengths[i])]
             placed = sorted(zip(destination, rows, strict=True))
@@ -329,13 +345,17 @@ class TestRowOrder:
         random.shuffle(files)
         assert order(files) == order(sorted(files))
 
-    def test_shuffled_inside_batches(self) -> None:
+    def test_shuffled_inside_batches(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         n = 5000
-        order = np.argsort(row_order(np.repeat([0, 1], n), [1], ["x"], [2 * n], 0))
+        codes = np.repeat([0, 1], n)
+        order = np.array(row_order(codes, [1], ["x"], [2 * n], 0, tmp_path)[0])
         assert set(order[:n]) == set(range(n))
         assert abs(np.corrcoef(np.arange(n), order[:n])[0, 1]) < 0.05
-        other = np.argsort(row_order(np.repeat([0, 1], n), [1], ["x"], [2 * n], 1))
+        other = np.array(row_order(codes, [1], ["x"], [2 * n], 1, tmp_path)[0])
         assert (order != other).mean() > 0.9
+        monkeypatch.setattr("streamx.store.scratch.PIECE_ROWS", 1009)
+        monkeypatch.setattr("streamx.store.order.BUCKET_ROWS", 700)
+        np.testing.assert_array_equal(row_order(codes, [1], ["x"], [2 * n], 0, tmp_path)[0], order)
 
     def test_digest_tells_names_apart(self) -> None:
         cases = [
@@ -345,7 +365,8 @@ class TestRowOrder:
             (["a", "b"], ["h"]),
             (["b", "a"], ["g"]),
         ]
-        digests = {names_digest(np.array(o, dtype=object), np.array(v, dtype=object)) for o, v in cases}
+        digests = {names_digest([text_of(o)], v) for o, v in cases}
+        assert names_digest([text_of(["a"]), text_of(["b"])], ["g"]) in digests
         assert len(digests) == len(cases)
 
 

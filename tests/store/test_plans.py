@@ -23,7 +23,8 @@ from streamx.store.frame import read_frame
 from streamx.store.journal import Journal, first_difference
 from streamx.store.location import describe
 from streamx.store.manifest import MARKER, read_generation
-from streamx.store.pack import Content, plan_shards, write_part
+from streamx.store.pack import Content, write_part
+from streamx.store.plan import plan_shards
 from streamx.store.read import plan_reads
 from streamx.store.spill import Slab, Spill, spill
 
@@ -55,7 +56,7 @@ def test_plan_shards(row_nnz: list[int], shard_rows: int, first: int) -> None:
         patch.setattr(layout, "ROWS_PER_CHUNK", 2)
         patch.setattr(layout, "VALUES_MULTIPLE", 4)
         patch.setattr(layout, "CHUNKS_PER_SHARD", 2)
-        plans = plan_shards(np.array(row_nnz), first_number=first, shard_rows=shard_rows)
+        plans = plan_shards(np.cumsum([0, *row_nnz]), first_number=first, shard_rows=shard_rows)
     assert [plan.path for plan in plans] == [f"shards/{first + i:06d}.zarr" for i in range(len(plans))]
     assert sum(plan.n_obs for plan in plans) == len(row_nnz)
     assert all(plan.n_obs == shard_rows for plan in plans[:-1])
@@ -116,13 +117,16 @@ def test_spilled_rows(tmp_path: Path, n: int, n_slabs: int, seed: int, data: st.
     place = tmp_path / str(seed)
     with Journal(Folder(place), {"seed": seed}) as journal:
         for _ in range(2):  # made, then found
-            rows = Spill(spill([slab(k) for k in range(n_slabs)], journal, threads=2, progress=""), n)
-            assert rows.row_nnz.tolist() == np.diff(x_ng.indptr).tolist()
+            rows = Spill(
+                spill([slab(k) for k in range(n_slabs)], journal, threads=2, progress=""), n, journal.rows
+            )
+            assert rows.ends.tolist() == x_ng.indptr.tolist()
             assert rows.maximum == (x_ng.data.max() if x_ng.nnz else 0)
             assert rows.counts
             low = data.draw(st.integers(0, n))
             high = data.draw(st.integers(low, n))
-            indices, values = rows.rows(low, high, np.uint8, np.uint16)
+            indices = rows.values("indices", low, high, np.uint16)
+            values = rows.values("data", low, high, np.uint8)
             piece = sparse.csr_matrix(
                 (values, indices, x_ng.indptr[low : high + 1] - x_ng.indptr[low]), shape=(high - low, 5)
             )
@@ -145,7 +149,7 @@ def test_spilled_rows_are_those_of_the_slab(tmp_path: Path) -> None:
                 threads=1,
                 progress="",
             )
-            assert made[0].rows.tolist() == rows.tolist()
+            assert made[0].array("rows").tolist() == rows.tolist()
 
 
 def frames() -> st.SearchStrategy[pd.DataFrame]:
@@ -233,7 +237,7 @@ def test_beyond_2_31_values(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_values(reader, n - 5000, n), values)
     np.testing.assert_array_equal(read_values(reader, n - 7, n - 2), values[-7:-2])
     np.testing.assert_array_equal(array[n - 5000 : n], values)
-    plan = plan_shards(np.full(2_200_001, 1000), first_number=0, shard_rows=1 << 22)[0]
+    plan = plan_shards(np.arange(2_200_002) * 1000, first_number=0, shard_rows=1 << 22)[0]
     assert plan.nnz == 2_200_001_000
     low, high = plan.cuts[-1]
     assert plan.rows(low, high) == (low // 1000, 2_200_001)

@@ -320,7 +320,7 @@ class TestFullDisk:
             assert not list(tmp_path.rglob("*.tmp"))
             with pytest.raises((IncompleteError, BadFileError)):
                 sx.open(place)
-        assert k > 40
+        assert k > 20
         assert tree(place) == expected
         assert not (tmp_path / "store.journal").exists()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from scipy import sparse
 
@@ -18,7 +20,7 @@ def check_counts(
     source: Source,
     first_row: int,
     var_names: np.ndarray | None = None,
-    obs_names: np.ndarray | None = None,
+    obs_names: Sequence[str] | None = None,
     allow_float: bool = False,
 ) -> None:
     """Scan all values of a slab: counts are finite, not negative, and integral.

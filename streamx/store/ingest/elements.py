@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,16 @@ import numpy as np
 import pandas as pd
 
 from streamx.errors import BadFileError, UsageError
-from streamx.store.ingest.frame import is_group, read_frame, safe_codecs
+from streamx.store.ingest.frame import is_group, open_table, read_frame, safe_codecs
 from streamx.store.ingest.source import (
+    Names,
     Obsm,
     Request,
     Rows,
     Source,
     dense_rows,
     file_checksum,
+    in_memory,
     reading,
     text_names,
 )
@@ -50,26 +52,28 @@ def anndata_source(
             chosen = choose_modality(list(root["mod"]), request.modality, location)
             group = root["mod"][chosen]
         name, matrix, var_group = choose_matrix(group, request.layer, location)
-        obs = read_frame(group, "obs", location)
+        cells = open_table(group, "obs", location)
         var = read_frame(var_group, "var", location)
-        check_shape(matrix, name, (len(obs), len(var)), location)
-        names = (text_names(obs.index), text_names(var.index))
-        rows = matrix_rows(matrix, name, *names, request)
-        modalities = read_obsm(group, len(obs), location)
+        check_shape(matrix, name, (cells.n, len(var)), location)
+        rows = matrix_rows(matrix, name, Names(cells), text_names(var.index), request)
+        modalities = read_obsm(group, cells.n, location)
         if chosen is not None:
+            obs = read_frame(group, "obs", location)
             obs = obs.join(shared_obs(root, chosen, obs, location))
             modalities |= read_proteins(root, chosen, obs, request)
+            cells = in_memory(obs)
     lock = None if hasattr(root, "store") else threading.Lock()
     return Source(
         key=request.key,
         location=location,
-        obs=obs,
+        cells=cells,
         var=var,
         rows=locked(rows, lock),
         digest=lambda: file_checksum(path),
         modalities={n: Obsm(m.names, locked(m.rows, lock)) for n, m in modalities.items()},
         alternatives=lambda: countlike(group, name),
         close=close,
+        reopens=chosen is None and rows_lie_together(matrix),
     )
 
 
@@ -134,7 +138,7 @@ def check_shape(matrix: Any, name: str, expected: tuple[int, int], location: str
 
 
 def matrix_rows(
-    matrix: Any, name: str, obs_names: np.ndarray, var_names: np.ndarray, request: Request
+    matrix: Any, name: str, obs_names: Sequence[str], var_names: np.ndarray, request: Request
 ) -> Rows:
     """Reader of rows of an element: dense, CSR, or CSC (through a spill)."""
     location = request.location
@@ -156,6 +160,11 @@ def matrix_rows(
     arrays = matrix["indptr"], matrix["indices"], matrix["data"]
     safe_codecs(arrays, location)
     return compressed_rows(encoding == "csr_matrix", arrays, name, obs_names, var_names, request)
+
+
+def rows_lie_together(matrix: Any) -> bool:
+    """Whether rows can be read as they are stored; those of a CSC matrix come from a spill."""
+    return not is_group(matrix) or matrix.attrs.get("encoding-type") == "csr_matrix"
 
 
 def read_obsm(group: Any, n_obs: int, location: str) -> dict[str, Obsm]:

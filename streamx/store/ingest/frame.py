@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from streamx.errors import BadFileError
-from streamx.store.ingest.source import reading, text_names
+from streamx.store.ingest.source import Table, in_memory, reading, text_names
 
 
 def is_group(element: Any) -> bool:
@@ -18,44 +19,112 @@ def is_group(element: Any) -> bool:
 
 
 def read_frame(group: Any, name: str, location: str) -> pd.DataFrame:
-    """A table column by column, so that a bad column is named; columns that aren't 1-d are left out."""
+    """A whole table, indexed by names."""
+    table = open_table(group, name, location)
+    frame = table.rows(0, table.n)
+    return frame.set_axis(pd.Index(table.names(0, table.n), dtype=object), axis=0)
+
+
+def open_table(group: Any, name: str, location: str) -> Table:
+    """A table column by column, so that a bad column is named; columns that aren't 1-d are left out.
+
+    Every column is looked at now; its values are read when they are asked for.
+    """
     if name not in group:
         raise BadFileError(f"no {name}", where=location, fix="this is no AnnData file, or an incomplete one")
     table = group[name]
     if not is_group(table):
-        return _compound_frame(table, group, name)
-    index_name = table.attrs.get("_index", "_index")
-    index = text_names(_column(table, str(index_name), f"{name} names", location))
+        return in_memory(_compound_frame(table, group, name))
+    index = open_column(table, str(table.attrs.get("_index", "_index")), f"{name} names", location)
+    assert index is not None, "names are one-dimensional"
     columns = {}
-    for column in text_names(table.attrs.get("column-order", [])):
-        values = _column(table, column, f"{name}[{column!r}]", location)
-        if getattr(values, "ndim", 1) != 1:
+    for column in text_names(table.attrs.get("column-order", [])).tolist():
+        element = f"{name}[{column!r}]"
+        found = open_column(table, column, element, location)
+        if found is None:
             continue
-        if len(values) != len(index):
+        if found.n != index.n:
             raise BadFileError(
-                f"{name}[{column!r}] has {len(values)} values for {len(index)} rows",
+                f"{element} has {found.n} values for {index.n} rows",
                 where=location,
                 fix="write the file again with anndata",
             )
-        columns[column] = values
-    return pd.DataFrame(columns, index=pd.Index(index, dtype=object))
+        columns[column] = found
+
+    def rows(start: int, stop: int) -> pd.DataFrame:
+        values = {column: found.read(start, stop) for column, found in columns.items()}
+        return pd.DataFrame(values, index=pd.RangeIndex(start, stop))
+
+    return Table(index.n, list(columns), rows, lambda start, stop: text_names(index.read(start, stop)))
 
 
-def _column(table: Any, column: str, element: str, location: str) -> Any:
-    from anndata.io import read_elem
+@dataclass(frozen=True)
+class Column:
+    """A column of a table: how many values, and a reader of some of them."""
 
+    n: int
+    read: Callable[[int, int], Any]
+
+
+def open_column(table: Any, column: str, element: str, location: str) -> Column | None:
+    """A column on disk; None if it is not 1-d. Encodings that are not known here are read whole now."""
     if column not in table:
         raise BadFileError(f"{element} is missing", where=location, fix="write the file again with anndata")
-    element_node = table[column]
+    node = table[column]
     with reading(location, element):
-        safe_codecs([element_node], location)
-        if not is_group(element_node) and "categories" in element_node.attrs:  # anndata < 0.8
-            reference = element_node.attrs["categories"]
-            place = table.file[reference] if not isinstance(reference, str) else table[Path(reference).name]
-            return _categorical(element_node[:], place[:])
-        values = read_elem(element_node)
-        values = values if hasattr(values, "dtype") else np.asarray(values)
-        return values.astype(object) if values.dtype.kind == "T" else values
+        safe_codecs([node], location)
+        encoding = node.attrs.get("encoding-type", "")
+        parts = _sliceable(node, encoding)
+        if parts is None:
+            values = _whole(table, column)
+            return Column(len(values), lambda a, b: values[a:b]) if getattr(values, "ndim", 1) == 1 else None
+
+    def read(start: int, stop: int) -> Any:
+        with reading(location, element):
+            return parts(start, stop)
+
+    length = node if not is_group(node) else node["codes" if encoding == "categorical" else "values"]
+    return Column(int(length.shape[0]), read)
+
+
+def _sliceable(node: Any, encoding: str) -> Callable[[int, int], Any] | None:
+    """A reader of some rows of what anndata writes most: arrays, texts, categoricals, nullable values."""
+    if encoding == "categorical":
+        return _categorical_rows(node)
+    if encoding in ("nullable-integer", "nullable-boolean"):
+        array: Any = pd.arrays.IntegerArray if encoding.endswith("integer") else pd.arrays.BooleanArray
+        return lambda a, b: array(np.asarray(node["values"][a:b]), np.asarray(node["mask"][a:b], dtype=bool))
+    if encoding == "string-array" and not is_group(node) and node.ndim == 1:
+        return lambda a, b: text_names(node[a:b])
+    plain = encoding == "array" and not is_group(node) and "categories" not in node.attrs
+    if plain and node.ndim == 1 and node.dtype.kind in "iufb":
+        return lambda a, b: np.asarray(node[a:b])
+    return None
+
+
+def _categorical_rows(node: Any) -> Callable[[int, int], Any]:
+    from anndata.io import read_elem
+
+    categories = pd.Index(np.asarray(read_elem(node["categories"])))
+    if categories.dtype.kind == "T":
+        categories = categories.astype(object)
+    ordered = bool(node.attrs.get("ordered", False))
+    return lambda a, b: pd.Categorical.from_codes(
+        np.asarray(node["codes"][a:b]).astype(np.int64), categories=categories, ordered=ordered
+    )
+
+
+def _whole(table: Any, column: str) -> Any:
+    from anndata.io import read_elem
+
+    node = table[column]
+    if not is_group(node) and "categories" in node.attrs:  # anndata < 0.8
+        reference = node.attrs["categories"]
+        place = table.file[reference] if not isinstance(reference, str) else table[Path(reference).name]
+        return _categorical(node[:], place[:])
+    values = read_elem(node)
+    values = values if hasattr(values, "dtype") else np.asarray(values)
+    return values.astype(object) if values.dtype.kind == "T" else values
 
 
 def _categorical(codes: np.ndarray, categories: np.ndarray) -> pd.Categorical:

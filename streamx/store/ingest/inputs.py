@@ -6,6 +6,7 @@ import glob
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from streamx.errors import BadFileError, EmptyError, InputError, StreamxError, U
 from streamx.store.ingest import mtx, table, tenx
 from streamx.store.ingest.elements import anndata_source
 from streamx.store.ingest.objects import memory_source
+from streamx.store.ingest.pool import Pool
 from streamx.store.ingest.remote import Remote, expand_url, fetch
 from streamx.store.ingest.source import Request, Source, reading
 from streamx.store.location import is_url
@@ -70,16 +72,13 @@ def open_sources(
             identity = identity if isinstance(member, (Path, Remote)) else id(member)
             named.setdefault(identity, (member, name))
     sources: list[Source] = []
+    pool = Pool()
     for key, item in unique_keys(list(named.values())):
         try:
-            sources.append(
-                open_one(
-                    item,
-                    Request(
-                        key, location_of(item, key), layer, modality, Path(scratch) / f"{key}.spill", memory
-                    ),
-                )
+            request = Request(
+                key, location_of(item, key), layer, modality, Path(scratch) / f"{key}.spill", memory
             )
+            sources.append(pool.keep(partial(open_one, item, request)))
         except StreamxError as error:
             if failed is not None and isinstance(error, InputError):
                 failed.append(error)
@@ -228,7 +227,7 @@ def open_hdf5(path: Path, request: Request) -> Source:
             fix="download it again, or give it the extension of what it is",
         )
     with reading(location, "the HDF5 structure"):
-        file = h5py.File(path, "r")
+        file = h5py.File(path, "r", rdcc_nbytes=0)
     try:
         with reading(location, "the HDF5 structure"):
             is_10x = tenx.is_tenx(file)

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from streamx.errors import BadFileError, EmptyError
-from streamx.store.ingest.source import Request, Source, file_checksum, reading
+from streamx.store.ingest.source import Request, Source, file_checksum, in_memory, reading
 from streamx.store.ingest.spill import Entries, transposed
 from streamx.store.ingest.tenx import split_features
 
@@ -80,7 +80,7 @@ def mtx_source(matrix: Path, request: Request) -> Source:
     )
     rows, var, modalities = split_features(rows, var, types, request.modality, location)
     files = sorted(p for p in (matrix, names_of[BARCODES], file_of_genes) if p is not None)
-    return Source(request.key, location, obs, var, rows, lambda: checksum_of(files), modalities)
+    return Source(request.key, location, in_memory(obs), var, rows, lambda: checksum_of(files), modalities)
 
 
 def checksum_of(files: list[Path]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import google_crc32c
@@ -17,7 +18,7 @@ from streamx.store.ingest.elements import (
     matrix_rows,
     protein_modality,
 )
-from streamx.store.ingest.source import Obsm, Request, Rows, Source, dense_rows, text_names
+from streamx.store.ingest.source import Obsm, Request, Rows, Source, dense_rows, in_memory, text_names
 from streamx.store.ingest.spill import compressed_rows
 
 
@@ -49,7 +50,7 @@ def memory_source(item: Any, request: Request) -> Source:
     protein = protein_modality(list(item.mod), chosen) if adata is not item else None
     if protein is not None:
         other = item.mod[protein]
-        theirs = text_names(other.obs_names), text_names(other.var_names)
+        theirs = text_names(other.obs_names).tolist(), text_names(other.var_names)
         modalities |= aligned(object_rows(other.X, *theirs, request), *theirs, obs.index)
 
     def others() -> list[str]:
@@ -70,10 +71,10 @@ def memory_source(item: Any, request: Request) -> Source:
             crc.update("\0".join(map(str, table.columns)).encode())
         return f"{len(obs)}x{len(var)}-{crc.hexdigest().decode()}"
 
-    return Source(request.key, location, obs, var, rows, digest, modalities, others)
+    return Source(request.key, location, in_memory(obs), var, rows, digest, modalities, others)
 
 
-def object_rows(matrix: Any, obs_names: np.ndarray, var_names: np.ndarray, request: Request) -> Rows:
+def object_rows(matrix: Any, obs_names: Sequence[str], var_names: np.ndarray, request: Request) -> Rows:
     """Reader of rows of what an AnnData object holds: numpy, scipy, backed or dask."""
     if hasattr(matrix, "group"):  # a backed sparse matrix: read its file
         return matrix_rows(matrix.group, "X", obs_names, var_names, request)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import pandas as pd
 from scipy import sparse
 
 from streamx.errors import BadFileError, EmptyError, StorageError, StreamxError
+from streamx.store.scratch import PIECE_ROWS
 
 Rows = Callable[[int, int], sparse.csr_matrix]
 DenseRows = Callable[[int, int], np.ndarray]
@@ -45,6 +46,56 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Table:
+    """Cells of an input, read by pieces of rows.
+
+    Attributes
+    ----------
+    n
+        Cells.
+    columns
+        Names of the columns.
+    rows
+        (start, stop) -> the columns of these cells, indexed by row.
+    names
+        (start, stop) -> their names, object array of str.
+    """
+
+    n: int
+    columns: list[str]
+    rows: Callable[[int, int], pd.DataFrame]
+    names: Callable[[int, int], np.ndarray]
+
+
+def in_memory(frame: pd.DataFrame) -> Table:
+    """A table that is there already, indexed by names."""
+    names = frame.index.to_numpy(dtype=object)
+    frame = frame.reset_index(drop=True)
+    return Table(len(frame), list(frame.columns), lambda a, b: frame.iloc[a:b], lambda a, b: names[a:b])
+
+
+@dataclass(frozen=True)
+class Names(Sequence[str]):
+    """Names of cells, read when they are asked for."""
+
+    table: Table
+
+    def __len__(self) -> int:
+        return self.table.n
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            start, stop, step = at.indices(len(self))
+            return self.table.names(start, stop)[::step]
+        at = int(at) % len(self)
+        return self.table.names(at, at + 1)[0]
+
+    def __iter__(self) -> Iterator[str]:
+        for low in range(0, len(self), PIECE_ROWS):
+            yield from self[low : low + PIECE_ROWS]
+
+
+@dataclass(frozen=True)
 class Obsm:
     """A dense modality that an input offers: its feature names and a reader of rows."""
 
@@ -62,38 +113,49 @@ class Source:
         Short name, unique among the inputs: the file's stem, or the folder's name.
     location
         What errors call it.
-    obs_names, var_names
-        (n_obs,) and (n_vars,) str as in the input, possibly duplicated.
-    obs, var
-        Tables with these names as index.
+    cells, obs, obs_names
+        The cells: read by pieces; as one table in memory; their names, str as in the input, possibly
+        duplicated.
+    var, var_names
+        The genes, indexed by their names, likewise.
     modalities
         Dense obsm matrices that the input offers.
     alternatives
         Names of the file's other matrices whose values look like counts (for errors; reads a little).
+    reopens
+        Nothing is lost when it is closed and opened again.
     """
 
     key: str
     location: str
-    obs: pd.DataFrame
+    cells: Table
     var: pd.DataFrame
     rows: Rows
     digest: Callable[[], str]
     modalities: dict[str, Obsm] = field(default_factory=dict)
     alternatives: Callable[[], list[str]] = list
     close: Callable[[], None] = lambda: None
-    obs_names: np.ndarray = field(init=False)
+    reopens: bool = False
+    obs_names: Names = field(init=False)
     var_names: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        for axis, table in (("obs", self.obs), ("var", self.var)):
-            object.__setattr__(self, f"{axis}_names", table.index.to_numpy(dtype=object))
+        object.__setattr__(self, "obs_names", Names(self.cells))
+        object.__setattr__(self, "var_names", self.var.index.to_numpy(dtype=object))
         for count, what in ((self.n_obs, "cells"), (self.n_vars, "genes")):
             if count == 0:
                 raise EmptyError(f"no {what}", where=self.location, fix="leave this input out")
 
     @property
     def n_obs(self) -> int:
-        return len(self.obs)
+        return self.cells.n
+
+    @property
+    def obs(self) -> pd.DataFrame:
+        """All cells, read now."""
+        return self.cells.rows(0, self.n_obs).set_axis(
+            pd.Index(self.cells.names(0, self.n_obs), dtype=object), axis=0
+        )
 
     @property
     def n_vars(self) -> int:
@@ -161,7 +223,7 @@ def unreadable(location: str, element: str, error: Exception) -> BadFileError:
 
 
 def canonical(
-    x_ng: sparse.csr_matrix, location: str, first_row: int, obs_names: np.ndarray, var_names: np.ndarray
+    x_ng: sparse.csr_matrix, location: str, first_row: int, obs_names: Sequence[str], var_names: np.ndarray
 ) -> sparse.csr_matrix:
     """Sort each row's indices, refuse entries that occur twice, drop explicit zeros."""
     if x_ng.dtype.kind not in "iufb":
@@ -212,14 +274,15 @@ def plain_dtype(values: np.ndarray) -> np.ndarray:
 
 
 def sparse_rows(
-    indptr: np.ndarray, indices: Any, data: Any, n_vars: int, location: str, obs_names: np.ndarray
+    indptr: Any, indices: Any, data: Any, n_vars: int, location: str, obs_names: Sequence[str]
 ) -> Rows:
     """Reader of CSR rows; `indices` and `data` are anything that can be sliced, on disk or in memory."""
 
     def rows(start: int, stop: int) -> sparse.csr_matrix:
-        first, last = int(indptr[start]), int(indptr[stop])
+        ends = np.asarray(indptr[start : stop + 1])
+        first, last = int(ends[0]), int(ends[-1])
         genes, values = owned(indices[first:last]), plain_dtype(owned(data[first:last]))
-        ends = indptr[start : stop + 1] - first
+        ends = ends - first
         if len(genes) != last - first or len(values) != last - first:
             raise BadFileError(
                 f"values {first} to {last} are cut short", where=location, fix="download or write it again"
@@ -254,31 +317,53 @@ def dense_rows(x: Any, memory: int) -> Rows:
     return rows
 
 
-def check_indptr(indptr: np.ndarray, n_rows: int, n_stored: int, location: str, element: str) -> np.ndarray:
-    """`indptr` as int64, or the error that names the first row where it can't be right."""
-    indptr = np.asarray(indptr).astype(np.int64)
+@dataclass(frozen=True)
+class Pointers:
+    """`indptr` on disk, read where it is asked for; int64."""
+
+    stored: Any
+
+    def __len__(self) -> int:
+        return int(self.stored.shape[0])
+
+    def __getitem__(self, at: Any) -> Any:
+        return np.asarray(self.stored[at]).astype(np.int64)
+
+
+def check_indptr(indptr: Any, n_rows: int, n_stored: int, location: str, element: str) -> Any:
+    """`indptr` as int64, or the error that names the first row where it can't be right.
+
+    An array in memory comes back as one, what lies on disk as :class:`Pointers`.
+    """
+    pointers = indptr.astype(np.int64) if isinstance(indptr, np.ndarray) else Pointers(indptr)
     fix = "the file is damaged: download or write it again"
-    if len(indptr) != n_rows + 1:
+    if len(pointers) != n_rows + 1:
         raise BadFileError(
-            f"{element}/indptr has {len(indptr)} entries for {n_rows} rows or columns",
+            f"{element}/indptr has {len(pointers)} entries for {n_rows} rows or columns",
             where=location,
             fix=fix,
         )
-    falls = np.flatnonzero(np.diff(indptr) < 0)
-    if len(falls) or indptr[0] != 0:
-        at = int(falls[0]) if len(falls) else 0
+    before = 0
+    for low in range(0, n_rows + 1, PIECE_ROWS):
+        piece = np.concatenate([[before], pointers[low : low + PIECE_ROWS]])
+        if low == 0 and piece[1] != 0:
+            raise BadFileError(
+                f"{element}/indptr starts at {piece[1]}, not at 0 (row 0)", where=location, fix=fix
+            )
+        falls = np.flatnonzero(np.diff(piece) < 0)
+        if len(falls):
+            at = int(falls[0])
+            raise BadFileError(
+                f"{element}/indptr falls from {piece[at]} to {piece[at + 1]} at row {low + at - 1}",
+                where=location,
+                fix=fix,
+            )
+        before = int(piece[-1])
+    if before != n_stored:
         raise BadFileError(
-            f"{element}/indptr falls from {indptr[at]} to {indptr[at + 1]} at row {at}"
-            if len(falls)
-            else f"{element}/indptr starts at {indptr[0]}, not at 0 (row 0)",
-            where=location,
-            fix=fix,
+            f"{element} holds {n_stored} values, its indptr ends at {before}", where=location, fix=fix
         )
-    if indptr[-1] != n_stored:
-        raise BadFileError(
-            f"{element} holds {n_stored} values, its indptr ends at {indptr[-1]}", where=location, fix=fix
-        )
-    return indptr
+    return pointers
 
 
 def file_checksum(path: Path) -> str:
@@ -301,5 +386,12 @@ def file_checksum(path: Path) -> str:
 def text_names(values: Any) -> np.ndarray:
     """Names as an object array of str, whatever the file stored them as."""
     names = np.asarray(values).tolist()
-    texts = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in names]
-    return np.array(texts, dtype=object)
+    texts: list[str] = []
+    if names and isinstance(names[0], bytes):
+        with suppress(TypeError):  # some are not bytes
+            texts = b"\0".join(names).decode("utf-8").split("\0")
+    if len(texts) != len(names):  # or some contain a zero
+        texts = [name.decode("utf-8") if isinstance(name, bytes) else str(name) for name in names]
+    out = np.empty(len(texts), dtype=object)
+    out[:] = texts
+    return out

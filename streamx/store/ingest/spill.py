@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def transposed(
     entries: Callable[[int], Iterator[Entries]],
     n_stored: int,
     dtype: np.dtype,
-    obs_names: np.ndarray,
+    obs_names: Sequence[str],
     var_names: np.ndarray,
     request: Request,
     *,
@@ -76,7 +76,7 @@ class Spill:
 
     n_stored: int
     dtype: np.dtype
-    obs_names: np.ndarray
+    obs_names: Sequence[str]
     var_names: np.ndarray
     request: Request
 
@@ -159,7 +159,7 @@ def compressed_rows(
     by_row: bool,
     arrays: tuple[Any, Any, Any],
     name: str,
-    obs_names: np.ndarray,
+    obs_names: Sequence[str],
     var_names: np.ndarray,
     request: Request,
 ) -> Rows:
@@ -180,7 +180,9 @@ def compressed_rows(
             fix="copy it again",
         )
     n_lines = len(obs_names if by_row else var_names)
-    indptr = check_indptr(np.asarray(indptr[:]), n_lines, n_stored, location, name)
+    if not by_row:
+        indptr = np.asarray(indptr[:])
+    indptr = check_indptr(indptr, n_lines, n_stored, location, name)
     if by_row:
         return sparse_rows(indptr, indices, data, len(var_names), location, obs_names)
     entries = column_entries(indptr, indices, data, len(obs_names), location, var_names)

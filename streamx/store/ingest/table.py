@@ -13,7 +13,7 @@ import pandas as pd
 
 from streamx.errors import BadFileError, EmptyError
 from streamx.store.ingest.mtx import open_text
-from streamx.store.ingest.source import Request, Source, file_checksum, reading
+from streamx.store.ingest.source import Request, Source, file_checksum, in_memory, reading
 from streamx.store.ingest.spill import Entries, transposed
 
 BLANK = re.compile(rb"(?:^|,)\s*(?:,|$)")  # numpy reads some blank fields as -1
@@ -35,7 +35,7 @@ def table_source(path: Path, request: Request) -> Source:
         request,
         text=True,
     )
-    return Source(request.key, location, obs, var, rows, lambda: file_checksum(path))
+    return Source(request.key, location, in_memory(obs), var, rows, lambda: file_checksum(path))
 
 
 def lines_of(path: Path, separator: str) -> Iterator[tuple[int, str, bytes]]:

@@ -12,7 +12,16 @@ import pandas as pd
 
 from streamx.errors import BadFileError, UsageError
 from streamx.store.ingest.elements import PROTEIN, locked
-from streamx.store.ingest.source import Obsm, Request, Rows, Source, file_checksum, reading, text_names
+from streamx.store.ingest.source import (
+    Obsm,
+    Request,
+    Rows,
+    Source,
+    file_checksum,
+    in_memory,
+    reading,
+    text_names,
+)
 from streamx.store.ingest.spill import compressed_rows
 
 RNA_TYPE, PROTEIN_TYPE = "Gene Expression", "Antibody Capture"
@@ -65,7 +74,9 @@ def tenx_source(file: Any, path: Path, request: Request, close: Callable[[], Non
         rows = compressed_rows(True, arrays, name, obs.index.to_numpy(), var.index.to_numpy(), request)
     wanted = None if modality in groups else modality
     rows, var, modalities = split_features(locked(rows, threading.Lock()), var, types, wanted, location)
-    return Source(request.key, location, obs, var, rows, lambda: file_checksum(path), modalities, close=close)
+    return Source(
+        request.key, location, in_memory(obs), var, rows, lambda: file_checksum(path), modalities, close=close
+    )
 
 
 def read_features(group: Any) -> tuple[pd.DataFrame, np.ndarray | None]:

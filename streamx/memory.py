@@ -1,0 +1,43 @@
+"""What is known of memory and disk before work begins: how much there is, and how it is given back."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+_MMAP_THRESHOLD, _ARENA_MAX = -3, -8  # of glibc's mallopt
+LARGE = 1 << 18
+
+
+def steady_memory() -> None:
+    """Ask glibc to return large blocks to the system as soon as they are free.
+
+    Else it raises, with every large block that is freed, the size from which it does so, up to 32 MB, and
+    keeps what is smaller: resident memory grows with the time that a process works, not with what it holds.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(_ARENA_MAX, 2)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
+def resident_bytes() -> int:
+    """Anonymous memory of this process: what can't be given back and read again."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))
+    except (OSError, StopIteration):
+        import psutil
+
+        return int(psutil.Process().memory_info().rss)
+
+
+def available_bytes() -> int:
+    """Memory that the machine can still give."""
+    import psutil
+
+    return int(psutil.virtual_memory().available)

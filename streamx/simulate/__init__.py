@@ -1,0 +1,1 @@
+"""Synthetic atlases of any size: cells drawn one by one from (seed, batch, row), so that nothing is held."""
