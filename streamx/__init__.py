@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 # name -> module that holds it; imported on first use, so that `import streamx` costs nothing.
 _PUBLIC: dict[str, str] = {
     "open": "streamx.store.collection:open_collection",
+    "open_location": "streamx.store.location:open_location",
     "convert": "streamx.store.convert:convert",
     "verify": "streamx.verify:verify",
     "annotate": "streamx.store.annotate:annotate",

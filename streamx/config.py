@@ -5,7 +5,7 @@ The command line is generated from these classes; the Python functions take them
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import Any
@@ -354,6 +354,20 @@ class IntegrateConfig:
     show: bool = option(True, "show the figure (only in a notebook)")
     eval: bool = option(False, "latents by the batch norm's running statistics, as in evaluation mode")
     num_workers: int = option(4, "accepted; threads prefetch")
+
+
+@dataclass(frozen=True)
+class BucketConfig:
+    """How to reach a bucket; what is None is taken from the usual environment variables."""
+
+    endpoint: str | None = option(None, "URL of the service, where it is not the provider's own")
+    region: str | None = option(None, "region of the bucket (S3)")
+    anonymous: bool | None = option(None, "send no credentials: public buckets")
+    allow_http: bool | None = option(None, "without TLS (default: where the endpoint says http://)")
+    timeout: float = option(60.0, "seconds without an answer or another byte (of an upload: five times that)")
+    retry_seconds: float = option(120.0, "seconds for which a failing request is repeated, ever more slowly")
+    concurrency: int = option(16, "requests of one read that are under way at once")
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)  # obstore's own, such as keys
 
 
 def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from streamx.labels import encode_labels
 from streamx.mapping import LATENT, Cells, batches_of, read_queries, read_reference
 from streamx.plots import confusion, embedding, history, meta, meta2, umap
 from streamx.plots.style import palette
+from streamx.store.location import follow, local_folder, open_location
 
 BATCH, ORIGIN, REFERENCE = "batch", "origin", "reference"
 
@@ -63,7 +65,7 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
     config: PlotConfig = build(PlotConfig, settings)
     reference = read_reference(model)
     queries = [] if mapped is None else read_queries(mapped, reference)
-    folder = Path(output)
+    folder = local_folder(output)
     folder.mkdir(parents=True, exist_ok=True)
     paths: list[str] = []
 
@@ -71,7 +73,9 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
         paths.append(str(folder / f"{name}.{config.format}"))
         return Path(paths[-1])
 
-    history(Path(model), path("history"), show=False)
+    losses = open_location(model)
+    given = pd.read_csv(io.BytesIO(losses.read("history.csv"))) if losses.shared else Path(losses.root)
+    history(given, path("history"), show=False)
     colors = colors_of(config, [reference, *queries])
     cells = gather(reference, queries, config, colors)
     cells.obsm["X_umap"] = umap(
@@ -145,7 +149,7 @@ def colors_of(config: PlotConfig, parts: Sequence[Cells]) -> list[str]:
         if name not in columns:
             shown = ", ".join(sorted(name for name in columns if not name.startswith("_streamx_")))
             raise UsageError(
-                f"no obs column {name!r}", where=str(parts[0].path.parent), fix=f"one of: {shown}"
+                f"no obs column {name!r}", where=str(follow(parts[0].location, "..")), fix=f"one of: {shown}"
             )
     return chosen
 

@@ -24,7 +24,8 @@ from streamx.labels import encode_labels
 from streamx.metrics import agreement, score_latent
 from streamx.store.amend import amend
 from streamx.store.frame import column_names, read_column
-from streamx.store.manifest import journal_path
+from streamx.store.latents import latent_names
+from streamx.store.location import Location, follow, is_there, open_location
 from streamx.transfer import UNKNOWN, Transfer, gather, vote
 
 if TYPE_CHECKING:
@@ -41,9 +42,13 @@ class Cells:
     """Cells with latents on disk: a reference, or a mapped query. Columns are read when asked for."""
 
     name: str
-    path: Path
+    location: Location
     group: zarr.Group
     latent_nk: np.ndarray
+
+    @property
+    def path(self) -> Path | str:
+        return self.location.root
 
     @property
     def n_cells(self) -> int:
@@ -89,57 +94,64 @@ class Cells:
             return None
 
 
-def read_cells(path: Path, name: str) -> Cells:
+def read_cells(location: Location, name: str) -> Cells:
     """Open an AnnData-Zarr with obs and a latent; what is on disk now counts, not consolidated metadata."""
     import zarr
 
     try:
-        group = zarr.open_group(path, mode="r", zarr_format=3, use_consolidated=False)
+        group = zarr.open_group(location.zarr(""), mode="r", zarr_format=3, use_consolidated=False)
         latents = [str(key) for key in group["obsm"] if str(key).startswith("X_")]  # type: ignore[union-attr]
     except (FileNotFoundError, KeyError, ValueError, json.JSONDecodeError) as error:
         raise BadFileError(
-            "is no AnnData-Zarr with latents", where=str(path), fix="train and project write such files"
+            "is no AnnData-Zarr with latents", where=str(location), fix="train and project write such files"
         ) from error
     key = LATENT if LATENT in latents else next((name for name in latents if name != "X_umap"), None)
     if key is None:
-        raise BadFileError("obsm holds no latent (X_...)", where=str(path), fix="project the query again")
-    return Cells(name, path, group, np.asarray(group[f"obsm/{key}"][:]))  # type: ignore[index]
+        raise BadFileError("obsm holds no latent (X_...)", where=str(location), fix="project the query again")
+    return Cells(name, location, group, np.asarray(group[f"obsm/{key}"][:]))  # type: ignore[index]
 
 
-def read_reference(model: str | Path) -> Cells:
+def read_reference(model: str | Path | Location) -> Cells:
     """The reference cells of a finished model."""
-    path = Path(model)
-    if not path.is_dir():
-        raise UsageError("no such model", where=str(path), fix="streamx train VIEW -o MODEL")
-    parts = path / "model.json", path / REFERENCE
-    if not any(part.exists() for part in (*parts, journal_path(path))):
-        raise BadFileError("is no model", where=str(path), fix="name the folder that `train -o` wrote")
-    if not all(part.exists() for part in parts):
+    location = open_location(model)
+    there = [location.exists(key) for key in ("model.json", f"{REFERENCE}/zarr.json")]
+    if not any(there) and not location.journal.exists():
+        if not is_there(location):
+            raise UsageError("no such model", where=str(location), fix="streamx train VIEW -o MODEL")
+        raise BadFileError("is no model", where=str(location), fix="name the folder that `train -o` wrote")
+    if not all(there):
         raise IncompleteError(
-            "training has not finished", where=str(path), fix="run the same `streamx train` again to resume"
+            "training has not finished",
+            where=str(location),
+            fix="run the same `streamx train` again to resume",
         )
-    return read_cells(path / REFERENCE, "reference")
+    return read_cells(location.below(REFERENCE), "reference")
 
 
-def read_queries(output: str | Path, reference: Cells | None = None) -> list[Cells]:
+def read_queries(output: str | Path | Location, reference: Cells | None = None) -> list[Cells]:
     """The mapped queries of an output folder, by name; those of another model are refused."""
-    path = Path(output)
-    if not path.is_dir():
-        raise UsageError("no such folder", where=str(path), fix="streamx project MODEL QUERY... -o OUT")
-    files = sorted(file for file in path.glob("*.zarr") if not file.name.startswith("."))
-    if not files:
+    location = open_location(output)
+    names = latent_names(location)
+    if not names:
+        if not is_there(location):
+            raise UsageError(
+                "no such folder", where=str(location), fix="streamx project MODEL QUERY... -o OUT"
+            )
         raise EmptyError(
-            "holds no mapped query (*.zarr)", where=str(path), fix="streamx project MODEL QUERY... -o OUT"
+            "holds no mapped query (*.zarr)",
+            where=str(location),
+            fix="streamx project MODEL QUERY... -o OUT",
         )
-    queries = [read_cells(file, file.stem) for file in files]
+    queries = [read_cells(location.below(name), name.removesuffix(".zarr")) for name in names]
     for query in queries if reference is not None else ():
         assert reference is not None
         ids = (query.model_id, reference.model_id)
         if None not in ids and ids[0] != ids[1]:
+            home = follow(reference.location, "..")
             raise UsageError(
                 "was mapped with another model",
                 where=str(query.path),
-                fix=f"name the model that it was mapped with, or project it onto {reference.path.parent}",
+                fix=f"name the model that it was mapped with, or project it onto {home}",
             )
         if query.latent_nk.shape[1] != reference.latent_nk.shape[1]:
             sizes = query.latent_nk.shape[1], reference.latent_nk.shape[1]
@@ -150,8 +162,8 @@ def read_queries(output: str | Path, reference: Cells | None = None) -> list[Cel
 
 
 def transfer(
-    model: str | Path,
-    output: str | Path,
+    model: str | Path | Location,
+    output: str | Path | Location,
     config: TransferConfig | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -248,7 +260,7 @@ def _write(query: Cells, key: str, found: Transfer) -> None:
     predicted = pd.Categorical.from_codes(lookup[found.codes_n], pd.Index(categories))
     shares = found.probabilities_nl
     amend(
-        query.path,
+        query.location,
         {f"{key}_pred": pd.Series(predicted), f"{key}_uncertainty": pd.Series(found.uncertainty_n)},
         {f"{key}_probabilities": shares},
         {f"{key}_labels": None if shares is None else found.names},
@@ -256,8 +268,8 @@ def _write(query: Cells, key: str, found: Transfer) -> None:
 
 
 def metrics(
-    model: str | Path,
-    output: str | Path | None = None,
+    model: str | Path | Location,
+    output: str | Path | Location | None = None,
     config: MetricsConfig | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -323,7 +335,7 @@ def batches_of(reference: Cells, queries: Sequence[Cells], batch_key: str | None
     """Names of the batches, per cell, of the reference and of each query; no two share a name by accident."""
     key = batch_key or reference.batch_key
     if key is None:
-        card = json.loads((reference.path.parent / "model.json").read_text())
+        card = json.loads(follow(reference.location, "..").read("model.json"))
         key = card.get("batch_key")
     if key is None or key not in reference.columns:
         if batch_key is not None:

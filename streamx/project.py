@@ -28,8 +28,10 @@ from streamx.memory import steady_memory
 from streamx.models.matched import QUERY_BATCH_SAMPLE, as_statistics, fit_query, normalised, stay
 from streamx.models.scalex import encode, encode_by_minibatch, norm_stats, running_stats
 from streamx.query import Block, Query, Request, lay_blocks, open_query, query_obs, read_blocks, requests
+from streamx.store.bucket import cache_folder
 from streamx.store.journal import first_difference
 from streamx.store.latents import write_latents
+from streamx.store.location import Location, open_location
 from streamx.store.scratch import new_array, pieces
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.feed import query_input
@@ -44,7 +46,12 @@ _FINGERPRINT = "uns/streamx/fingerprint"
 
 
 def project(
-    model: Model | str | Path, queries: Any, output: str | Path, *, progress: bool = True, **settings: Any
+    model: Model | str | Path,
+    queries: Any,
+    output: str | Path | Location,
+    *,
+    progress: bool = True,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """Map new cells onto a reference.
 
@@ -59,9 +66,10 @@ def project(
     queries
         See :func:`streamx.query.requests`.
     output
-        Folder for one ``<query>.zarr`` each: AnnData-Zarr with obs, ``obs["passed_qc"]`` and
-        ``obsm["X_scalex"]``, one row per input cell in input order; NaN for cells that did not pass. Queries
-        that are there already, from the same model, settings and inputs, are skipped.
+        Folder (or ``s3://bucket/prefix``) for one ``<query>.zarr`` each: AnnData-Zarr with obs,
+        ``obs["passed_qc"]`` and ``obsm["X_scalex"]``, one row per input cell in input order; NaN for cells
+        that did not pass. Queries that are there already, from the same model, settings and inputs, are
+        skipped.
     settings
         Fields of :class:`~streamx.config.ProjectConfig`.
 
@@ -78,15 +86,15 @@ def project(
     config: ProjectConfig = build(ProjectConfig, settings)
     model = model if isinstance(model, Model) else load_model(model)
     _check(model, config)
-    if any((Path(output) / name).exists() for name in ("streamx.json", "model.json")):
+    out = open_location(output)
+    if any(out.exists(name) for name in ("streamx.json", "model.json")):
         raise UsageError(
-            "holds a store, view or model", where=str(output), fix="choose another folder for what is mapped"
+            "holds a store, view or model", where=str(out), fix="choose another folder for what is mapped"
         )
     if config.norm is None:
         config = replace(config, norm="minibatch" if model.clusters is None else "matched")
     steady_memory()
     asked = requests(queries)
-    out = Path(output)
     model.module.to(pick_device(config.device))
     reports = []
     with _scratch(out) as scratch, one_torch_thread():
@@ -110,10 +118,10 @@ class _Mapped:
 
 
 def _project_one(
-    model: Model, request: Request, out: Path, config: ProjectConfig, scratch: Path, progress: bool
+    model: Model, request: Request, out: Location, config: ProjectConfig, scratch: Path, progress: bool
 ) -> dict[str, Any]:
     memory = parse_bytes(config.memory)
-    target = out / f"{request.name}.zarr"
+    target = out.below(f"{request.name}.zarr")
     scratch = Path(tempfile.mkdtemp(dir=scratch))
     query = open_query(request, model, config, scratch=scratch, memory=memory)
     try:
@@ -357,7 +365,7 @@ def _warn_small(query: Query, n_b: np.ndarray, small: list[int], config: Project
 
 
 def _write(
-    target: Path,
+    target: Location,
     query: Query,
     mapped: _Mapped,
     model: Model,
@@ -388,14 +396,15 @@ def _write(
     write_latents(target, obs, {"X_scalex": z_nk}, {"streamx": about})
 
 
-def _finished(target: Path, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
+def _finished(target: Location, fingerprint: dict[str, Any]) -> dict[str, Any] | None:
     """What was found out when the query was mapped, if it was, with the same fingerprint."""
     import zarr
 
-    if not target.exists():
+    there = os.path.exists(target.root) or any(target.exists(name) for name in ("zarr.json", ".zgroup"))
+    if not there:
         return None
     try:
-        group = zarr.open_group(target, mode="r", zarr_format=3, use_consolidated=False)
+        group = zarr.open_group(target.zarr(""), mode="r", zarr_format=3, use_consolidated=False)
         before = json.loads(str(np.asarray(group[_FINGERPRINT][()]).item()))  # type: ignore[index]
         n_passed = int(np.asarray(group["uns/streamx/n_passed"][()]).item())  # type: ignore[index]
         small = [str(name) for name in np.asarray(group["uns/streamx/reference_statistics"][:])]  # type: ignore[index]
@@ -435,17 +444,20 @@ def _check(model: Model, config: ProjectConfig) -> None:
 
 
 @contextmanager
-def _scratch(out: Path) -> Iterator[Path]:
-    """A folder in the output for spills, removed at the end; those of processes that were killed go too."""
+def _scratch(out: Location) -> Iterator[Path]:
+    """A folder in the output or the cache for spills, removed at the end; those of processes that were killed
+    go too.
+    """
+    home = cache_folder() if out.shared else Path(out.root)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        for old in out.glob(".scratch-*"):
+        home.mkdir(parents=True, exist_ok=True)
+        for old in home.glob(".scratch-*"):
             if not _alive(old.name.split("-")[1]):
                 shutil.rmtree(old, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".scratch-{os.getpid()}-", dir=out))
+        folder = Path(tempfile.mkdtemp(prefix=f".scratch-{os.getpid()}-", dir=home))
     except OSError as error:
         raise ResourceError(
-            f"can't be written: {error.strerror}", where=str(out), fix="choose another folder"
+            f"can't be written: {error.strerror}", where=str(home), fix="choose another folder"
         ) from None
     try:
         yield folder

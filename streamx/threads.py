@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import threading
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
@@ -10,6 +12,7 @@ from typing import TypeVar
 from tqdm.auto import tqdm
 
 T = TypeVar("T")
+_here = threading.local()
 
 
 def thread_count(threads: int) -> int:
@@ -23,9 +26,12 @@ def thread_count(threads: int) -> int:
 
 
 def run_all(tasks: Sequence[Callable[[], T]], threads: int, progress: str | None = None) -> list[T]:
-    """Results of all tasks, in their order. The first error (or Ctrl-C) stops what has not begun."""
+    """Results of all tasks, in their order. The first error (or Ctrl-C) stops all that waits."""
+    stop = threading.Event()
+    stops = (*_stops(), stop)
     bar = tqdm(total=len(tasks), desc=progress, disable=None if progress else True, leave=False)
-    with bar, ThreadPoolExecutor(max_workers=max(1, threads)) as pool:
+    pool = ThreadPoolExecutor(max(1, threads), initializer=setattr, initargs=(_here, "stops", stops))
+    with bar, pool:
         futures: list[Future[T]] = [pool.submit(task) for task in tasks]
         for future in futures:
             future.add_done_callback(lambda _: bar.update())
@@ -35,5 +41,21 @@ def run_all(tasks: Sequence[Callable[[], T]], threads: int, progress: str | None
                 future.result()
             return [future.result() for future in futures]
         except BaseException:
+            stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def pause(seconds: float) -> bool:
+    """Sleep; or return True at once if the :func:`run_all` that the caller works for is stopping."""
+    end = time.monotonic() + seconds
+    while not any(stop.is_set() for stop in _stops()):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        time.sleep(min(left, 0.1))
+    return True
+
+
+def _stops() -> tuple[threading.Event, ...]:
+    return getattr(_here, "stops", ())

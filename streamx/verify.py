@@ -54,7 +54,7 @@ def _verify_model(location: Location) -> dict[str, Any]:
     except StreamxError as error:
         found[CARD] = error.what
     try:
-        read_reference(location.root)
+        read_reference(location)
         found["reference.zarr"] = None
     except (StreamxError, OSError, ValueError) as error:
         found["reference.zarr"] = str(getattr(error, "what", error))

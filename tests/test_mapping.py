@@ -16,8 +16,8 @@ import streamx as sx
 from streamx.errors import BadFileError, EmptyError, IncompleteError, UsageError
 from streamx.metrics import score_latent
 from streamx.store.amend import amend
+from streamx.store.folder import Folder
 from streamx.store.latents import write_latents
-from streamx.store.location import Location
 
 
 def space(rng, n, shift=0.0):
@@ -83,7 +83,7 @@ def test_transfer_writes_predictions_into_every_query(mapped):
 
 
 def contents(path):
-    return {key: (path / key).read_bytes() for key in Location(path).list()}
+    return {key: (path / key).read_bytes() for key in Folder(path).list()}
 
 
 def test_transfer_again_replaces(mapped):
@@ -147,7 +147,7 @@ def amend_until(monkeypatch, path, stop, **what):
 
     with monkeypatch.context() as patch:
         for name in ("write", "delete", "delete_tree"):
-            patch.setattr(Location, name, dying(getattr(Location, name)))
+            patch.setattr(Folder, name, dying(getattr(Folder, name)))
         try:
             amend(path, **what)
         except Killed:
@@ -204,7 +204,7 @@ def test_death_at_every_write_leaves_a_right_file(mapped, monkeypatch, again, co
     for columns, frame, _ in views(path, kinds):
         assert columns[2:] == ["kind_pred", "kind_uncertainty"]
         assert (frame["kind_uncertainty"].to_numpy() == new["obs"]["kind_uncertainty"]).all()
-    assert not [key for key in Location(path).list() if key.endswith(".tmp")]
+    assert not [key for key in Folder(path).list() if key.endswith(".tmp")]
 
 
 def test_metrics_of_reference_and_queries(mapped):

@@ -301,7 +301,7 @@ def test_run_again(
 def test_killed_at_every_write(
     model: Model, cells: anndata.AnnData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from streamx.store.location import Location
+    from streamx.store.folder import Folder
 
     class Killed(BaseException):
         pass
@@ -310,9 +310,9 @@ def test_killed_at_every_write(
         return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
     project(model, {"q": cells}, tmp_path / "whole", **QUIET)
-    write, left = Location.write, 0
+    write, left = Folder.write, 0
 
-    def mortal(self: Location, key: str, data: Any) -> None:
+    def mortal(self: Folder, key: str, data: Any) -> None:
         nonlocal left
         left -= 1
         if left < 0:
@@ -321,7 +321,7 @@ def test_killed_at_every_write(
 
     for at in range(0, 30, 4):
         left = at
-        monkeypatch.setattr(Location, "write", mortal)
+        monkeypatch.setattr(Folder, "write", mortal)
         out = tmp_path / f"out{at}"
         with pytest.raises(Killed):
             project(model, {"q": cells}, out, **QUIET)

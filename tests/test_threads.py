@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from streamx.threads import run_all, thread_count
+from streamx.threads import pause, run_all, thread_count
 
 
 def test_results_in_order() -> None:
@@ -41,3 +41,24 @@ def test_an_error_does_not_wait_for_all_tasks() -> None:
     with pytest.raises(ValueError, match="no"):
         run_all([slow, fail, *[other] * 500], 2)
     assert len(begun) < 20
+
+
+def test_a_pause_ends_when_the_work_stops() -> None:
+    """Also that of a task of a task: retries of a bucket that does not answer must not hold up Ctrl-C."""
+    ended: list[bool] = []
+    began = threading.Barrier(3)
+
+    def patient() -> None:
+        began.wait()
+        ended.append(pause(60))
+
+    def fail() -> None:
+        began.wait()
+        raise ValueError("no")
+
+    begun = time.perf_counter()
+    with pytest.raises(ValueError, match="no"):
+        run_all([partial(run_all, [patient], 1), patient, fail], 3)
+    assert time.perf_counter() - begun < 5
+    assert ended == [True, True]
+    assert not pause(0.01)

@@ -17,11 +17,11 @@ TRANSFORM = {"binarize": False, "target_sum": 1e4, "total": "view_total", "log1p
 
 
 def make_counts(
-    sizes: list[int], n_genes: int = 40, n_types: int = 4, seed: int = 0
+    sizes: list[int], n_genes: int = 40, n_types: int = 4, seed: int = 0, expressed: float = 0.5
 ) -> tuple[sparse.csr_matrix, np.ndarray, np.ndarray]:
     """Counts of cells of several types in several batches: x, batch codes, types."""
     rng = np.random.default_rng(seed)
-    profile_tg = rng.gamma(0.3, 8, (n_types, n_genes)) * (rng.random((n_types, n_genes)) < 0.5)
+    profile_tg = rng.gamma(0.3, 8, (n_types, n_genes)) * (rng.random((n_types, n_genes)) < expressed)
     effect_bg = rng.lognormal(0, 0.4, (len(sizes), n_genes))
     batch_n = np.repeat(np.arange(len(sizes)), sizes)
     type_n = rng.integers(n_types, size=len(batch_n))
@@ -40,10 +40,20 @@ def batch_maxima(x_ng: sparse.csr_matrix, total_n: np.ndarray, batch_n: np.ndarr
 
 
 def write_view(
-    path: Path, sizes: list[int], *, n_genes: int = 40, seed: int = 0, proteins: int = 0, **view: Any
+    path: Path,
+    sizes: list[int],
+    *,
+    n_genes: int = 40,
+    seed: int = 0,
+    expressed: float = 0.5,
+    proteins: int = 0,
+    **view: Any,
 ) -> Collection:
-    """A view of simulated cells; ``obs["type"]`` is their type. The totals count ten genes that it lacks."""
-    x_ng, batch_n, type_n = make_counts(sizes, n_genes, seed=seed)
+    """A view of simulated cells; ``obs["type"]`` is their type. The totals count ten genes that it lacks.
+
+    A type expresses a share of about ``expressed`` of the genes; training takes views below .25 as sparse.
+    """
+    x_ng, batch_n, type_n = make_counts(sizes, n_genes, seed=seed, expressed=expressed)
     rng = np.random.default_rng(seed + 1)
     total_n = np.asarray(x_ng.sum(1)).ravel() + rng.integers(1, 30, len(batch_n))
     batches = [f"batch{b}" for b in range(len(sizes))]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamx.cli.show import columns
@@ -13,6 +12,7 @@ from streamx.errors import BadFileError, StreamxError
 
 if TYPE_CHECKING:
     from streamx.store.collection import Collection
+    from streamx.store.location import Location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,12 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> Result:
-    manifest = Path(args.path) / "model.json"
-    if manifest.is_file():
-        return {"path": args.path, **describe_model(manifest)}
     import streamx as sx
+    from streamx.store.location import open_location
 
-    collection = sx.open(args.path)
+    location = open_location(args.path)
+    if location.exists("model.json"):
+        return {"path": args.path, **describe_model(location)}
+    collection = sx.open(location)
     result = {"path": args.path, **collection.summary()}
     return result | generations(collection) if collection.kind == "view" else result
 
@@ -41,10 +42,10 @@ def generations(view: Collection) -> dict[str, Any]:
     return {"store_generation": (view.view or {}).get("store_generation"), "store_generation_now": now}
 
 
-def describe_model(manifest: Path) -> Result:
+def describe_model(location: Location) -> Result:
     """Of a model's card what says where it comes from; genes and batches by their number."""
     try:
-        card = json.loads(manifest.read_text())
+        card = json.loads(location.read("model.json"))
         return {
             "kind": "model",
             "model": card["model"],
@@ -57,7 +58,9 @@ def describe_model(manifest: Path) -> Result:
             "versions": card["versions"],
         }
     except (ValueError, KeyError, TypeError) as error:
-        raise BadFileError(f"is no model card: {error}", where=str(manifest), fix="train it again") from None
+        raise BadFileError(
+            f"is no model card: {error}", where=f"{location}/model.json", fix="train it again"
+        ) from None
 
 
 def show(result: Result) -> str:

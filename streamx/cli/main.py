@@ -70,6 +70,13 @@ the whole way, from files to labels:
   streamx metrics model mapped --label-key cell_type
   streamx plot model mapped -o figures --color batch cell_type
 
+Any of these places, and any input file, may be in a bucket: s3://bucket/prefix, gs://..., az://... (needs
+pip install 'streamx[cloud]'). The environment says how to reach it:
+  AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_REGION; AWS_ENDPOINT_URL for a service that
+  is not Amazon's; AWS_SKIP_SIGNATURE=true for a public bucket
+  GOOGLE_APPLICATION_CREDENTIALS, GOOGLE_SKIP_SIGNATURE; AZURE_STORAGE_ACCOUNT_NAME, AZURE_STORAGE_ACCOUNT_KEY
+  STREAMX_SCRATCH: a folder with room for what is being converted (default: ~/.cache/streamx)
+
 `streamx demo` runs it on real cells in under two minutes.
 """
 

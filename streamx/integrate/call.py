@@ -41,6 +41,7 @@ from streamx.store.cells import FILE
 from streamx.store.collection import Collection
 from streamx.store.convert import convert
 from streamx.store.ingest.inputs import expand, open_sources
+from streamx.store.location import local_folder
 from streamx.train.latent import ROWS, latents
 from streamx.train.model import Model, load_model
 from streamx.train.run import train
@@ -181,7 +182,7 @@ def _trained(inputs: dict[str, Any], call: IntegrateConfig, names: list[str] | N
 
 
 def _mapped(inputs: dict[str, Any], call: IntegrateConfig, folder: Path) -> AnnData:
-    home = Path(str(call.projection))
+    home = local_folder(call.projection)
     model = load_model(home / "model" if (home / "model" / "model.json").is_file() else home)
     call = replace(call, join="outer", min_cells=0)
     view = _view(_store(inputs, call, folder), call, folder, list(model.genes))
@@ -330,8 +331,9 @@ def _device(gpu: int) -> str:
 def _folder(outdir: str | None) -> Iterator[Path]:
     """The output folder, or one that lasts as long as the call."""
     if outdir is not None:
-        Path(outdir).mkdir(parents=True, exist_ok=True)
-        yield Path(outdir)
+        chosen = local_folder(outdir)
+        chosen.mkdir(parents=True, exist_ok=True)
+        yield chosen
         return
     with tempfile.TemporaryDirectory(prefix="streamx-") as folder:
         yield Path(folder)

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from streamx.store.collection import Collection, open_collection
+from streamx.store.location import Location
 
 
 class Rows(Protocol):
@@ -44,14 +45,14 @@ class MatrixRows:
 class StoreRows:
     """Rows of a store, or (`obsm`) of one of its dense matrices. Picklable: workers open it themselves."""
 
-    path: str
+    location: Location
     n_obs: int
     n_vars: int
     obsm: str | None = None
 
     def read(self, start: int, stop: int) -> csr_matrix:
         """Stored dtypes: small unsigned integers, or float32."""
-        collection = _opened(self.path, self.n_obs)
+        collection = _opened(self.location, self.n_obs)
         if self.obsm is not None:
             return csr_matrix(np.asarray(collection.read_obsm(self.obsm, start, stop), dtype=np.float32))
         return collection.read(start, stop, dtype="stored")
@@ -60,10 +61,10 @@ class StoreRows:
 def rows_of(collection: Collection, obsm: str | None = None) -> StoreRows:
     """The rows of a collection, or of a dense matrix in it."""
     n_vars = collection.n_vars if obsm is None else len(collection.modalities[obsm]["names"])
-    return StoreRows(str(collection.path), collection.n_obs, n_vars, obsm)
+    return StoreRows(collection.location, collection.n_obs, n_vars, obsm)
 
 
 @lru_cache(maxsize=4)
-def _opened(path: str, n_obs: int) -> Collection:
+def _opened(location: Location, n_obs: int) -> Collection:
     """One Collection per process; rows that are there never change, so a newer generation serves as well."""
-    return open_collection(path)
+    return open_collection(location)

@@ -31,7 +31,7 @@ from streamx.preprocess.view import (
     write_view,
 )
 from streamx.store.collection import Collection, open_collection
-from streamx.store.location import crc32c, open_location
+from streamx.store.location import Location, crc32c, open_location
 from streamx.store.needs import Needs, needs_of
 from streamx.store.obs import as_obs
 from streamx.store.pack import Content
@@ -43,7 +43,7 @@ log = logging.getLogger("streamx")
 __all__ = ["preprocess", "update_view"]
 
 
-def preprocess(store: Collection | str | Path, output: str | Path, **settings: Any) -> Collection:
+def preprocess(store: Collection | str | Path, output: str | Path | Location, **settings: Any) -> Collection:
     """Filter cells and genes, find variable genes, and write the view that models train on.
 
     Two passes over the rows gather statistics that fit in memory, a third copies the rows and genes that
@@ -53,9 +53,9 @@ def preprocess(store: Collection | str | Path, output: str | Path, **settings: A
     Parameters
     ----------
     store
-        A store, or its path.
+        A store, or its path or URL.
     output
-        Folder of the view.
+        Folder of the view, or ``s3://bucket/prefix``.
     **settings
         Fields of :class:`streamx.config.PreprocessConfig`. `genes` may also be a list of names.
 
@@ -80,7 +80,7 @@ def preprocess(store: Collection | str | Path, output: str | Path, **settings: A
 
 
 def preprocess_store(
-    store: Collection | str | Path, output: str | Path, **settings: Any
+    store: Collection | str | Path, output: str | Path | Location, **settings: Any
 ) -> tuple[Collection, Needs | None]:
     """Like :func:`preprocess`, and also what writing the view was predicted to take (None: it was there)."""
     store = store if isinstance(store, Collection) else open_collection(store)
@@ -104,7 +104,7 @@ def preprocess_store(
     return write_view(
         location,
         fingerprint,
-        partial(_plan, store, location.root, config, recipe, genes, parameters, fingerprint),
+        partial(_plan, store, location, config, recipe, genes, parameters, fingerprint),
         memory=parse_bytes(config.memory),
         threads=thread_count(config.threads),
     )
@@ -112,7 +112,7 @@ def preprocess_store(
 
 def _plan(
     store: Collection,
-    root: Path,
+    location: Location,
     config: PreprocessConfig,
     recipe: Recipe,
     genes: list[str] | None,
@@ -159,7 +159,7 @@ def _plan(
     tables = statistics_to_keep(selection, recipe, layout.from_store)
     if selection.scale_bg is not None:
         tables["scale_bg"] = selection.scale_bg[_rows_of(layout.from_store, len(layout.batches))]
-    view = describe_view(store, root, recipe, parameters)
+    view = describe_view(store, location, recipe, parameters)
     content = Content(
         kind="view",
         obs=view_obs(store, layout, selection.total_n, folder),

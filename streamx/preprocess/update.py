@@ -46,7 +46,7 @@ from streamx.preprocess.view import (
     write_view,
 )
 from streamx.store.collection import Collection, open_collection
-from streamx.store.location import open_location
+from streamx.store.location import Location
 from streamx.store.pack import Content
 from streamx.store.spill import Slab
 from streamx.threads import thread_count
@@ -104,9 +104,9 @@ def update_view(view: Collection | str | Path, *, memory: str = "4GB", threads: 
         "update_of": view.manifest.fingerprint,
     }
     updated, _ = write_view(
-        open_location(view.path),
+        view.location,
         fingerprint,
-        partial(_plan, frozen, view.path, fingerprint, parse_bytes(memory), thread_count(threads)),
+        partial(_plan, frozen, view.location, fingerprint, parse_bytes(memory), thread_count(threads)),
         append=True,
         memory=parse_bytes(memory),
         threads=thread_count(threads),
@@ -151,7 +151,12 @@ def _thaw(view: Collection, store: Collection, first: int) -> _Frozen:
 
 
 def _plan(
-    frozen: _Frozen, location: Path, fingerprint: dict[str, Any], memory: int, threads: int, folder: Path
+    frozen: _Frozen,
+    location: Location,
+    fingerprint: dict[str, Any],
+    memory: int,
+    threads: int,
+    folder: Path,
 ) -> tuple[Content, list[Slab]]:
     store, view, first = frozen.store, frozen.view, frozen.first
     where = frozen.parameters["where"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -22,7 +21,7 @@ from streamx.preprocess.rows import StoreRows, rows_of
 from streamx.store.collection import Collection
 from streamx.store.columns import gathered, lay_down
 from streamx.store.journal import Journal
-from streamx.store.location import Location
+from streamx.store.location import Location, follow, relative
 from streamx.store.needs import Needs, Sample
 from streamx.store.obs import Obs, Piece, plain
 from streamx.store.order import row_order
@@ -296,11 +295,11 @@ def write_view(
 
 
 def describe_view(
-    store: Collection, location: Path, recipe: Recipe, parameters: dict[str, Any], **more: Any
+    store: Collection, location: Location, recipe: Recipe, parameters: dict[str, Any], **more: Any
 ) -> dict[str, Any]:
     """What the manifest says of a view: where it is from, what was decided, what loaders apply."""
     return {
-        "store": Path(os.path.relpath(store.path.resolve(), location.resolve())).as_posix(),
+        "store": relative(store.location, location),
         "store_parts": [part["crc32c"] for part in store.manifest.parts],
         "store_generation": store.generation,
         "store_rows": store.n_obs,
@@ -323,7 +322,7 @@ def store_of(view: Collection) -> Collection:
         raise UsageError(
             "is a store, not a view", where=str(view.path), fix="streamx preprocess STORE -o VIEW"
         )
-    place = (view.path / view.view["store"]).resolve()
+    place = follow(view.location, view.view["store"])
     fix = "move it back to where it was relative to the view, or run `streamx preprocess` anew"
     try:
         store = Collection(place)

@@ -11,30 +11,30 @@ import numpy as np
 import pandas as pd
 
 from streamx.store.draft import Draft, draft_column
-from streamx.store.location import Location
+from streamx.store.location import Location, open_location
 
 META = "zarr.json"
 
 
 def amend(
-    path: str | Path,
+    place: str | Path | Location,
     obs: Mapping[str, pd.Series | None],
     obsm: Mapping[str, np.ndarray | None] | None = None,
     uns: Mapping[str, Sequence[str] | None] | None = None,
 ) -> None:
-    """Set columns of obs, matrices of obsm and lists of uns in an AnnData-Zarr v3 on disk; None removes.
+    """Set columns of obs, matrices of obsm and lists of uns in an AnnData-Zarr v3; None removes.
 
     A name that exists already is first taken out of the list of columns, then its arrays are replaced, and
     last it is listed again. A process that dies in between leaves a file without the column, or with the old
     or new one whole; the same call repairs it. Every step is one atomic replacement, both for readers
     that use consolidated metadata and for those that don't.
     """
-    location = Location(path)
+    location = open_location(place)
     nodes = {f"obs/{name}": value for name, value in obs.items()}
     nodes |= {f"obsm/{name}": value for name, value in (obsm or {}).items()}
     nodes |= {f"uns/{name}": value for name, value in (uns or {}).items()}
     order = [name for name in _attributes(location, "obs")["column-order"] if name not in obs]
-    if any(location.path(node).exists() for node in nodes):
+    if any(location.list(node) for node in nodes):
         _list_columns(location, order)
         _consolidate(location, order, set(nodes), {})
         for node in nodes:

@@ -19,8 +19,9 @@ from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_frame
 from streamx.store.frame import column_names, obs_schema, read_column
 from streamx.store.journal import Journal
-from streamx.store.location import Location, describe, open_location
-from streamx.store.manifest import commit, read_generation, sweep
+from streamx.store.latents import latent_names
+from streamx.store.location import Location, describe, each, local_folder, open_location
+from streamx.store.manifest import MARKER, commit, read_generation, run_tag
 
 log = logging.getLogger("streamx")
 
@@ -36,7 +37,7 @@ def read_table(table: str | Path | pd.DataFrame) -> pd.DataFrame:
     if isinstance(table, pd.DataFrame):
         frame, where = table, "table"
     else:
-        where = str(table)
+        where = str(local_folder(table))
         separator = "," if ".csv" in Path(table).suffixes else "\t"
         try:
             frame = _read_text(table, separator)
@@ -105,7 +106,7 @@ def join_by_name(
     return table.astype(dtypes).reindex(names)
 
 
-def annotate(place: str | Path, table: str | Path | pd.DataFrame) -> dict[str, Any]:
+def annotate(place: str | Path | Location, table: str | Path | pd.DataFrame) -> dict[str, Any]:
     """Join the columns of a table to cells by name: of a store, of mapped queries, or of a model's reference.
 
     Parameters
@@ -126,19 +127,20 @@ def annotate(place: str | Path, table: str | Path | pd.DataFrame) -> dict[str, A
     InputError
         If the table names none of the cells.
     """
-    root = Path(place)
-    files = sorted(file for file in root.glob("*.zarr") if not file.name.startswith("."))
-    if (root / "streamx.json").exists() or not files:
-        return annotate_store(place, table)
-    return _annotate_latents(files, table)
+    location = open_location(place)
+    names = [] if location.exists(MARKER) else latent_names(location)
+    if not names:
+        return annotate_store(location, table)
+    return _annotate_latents([location.below(name) for name in names], table)
 
 
-def _annotate_latents(files: list[Path], table: str | Path | pd.DataFrame) -> dict[str, Any]:
+def _annotate_latents(files: list[Location], table: str | Path | pd.DataFrame) -> dict[str, Any]:
     """Columns for cells with latents; one table may name cells of all files."""
     frame, where = read_table(table), "table" if isinstance(table, pd.DataFrame) else str(table)
     frame = rename_columns(frame, {}, where)
     groups: list[Any] = [
-        zarr.open_group(file, mode="r", zarr_format=3, use_consolidated=False)["obs"] for file in files
+        zarr.open_group(file.zarr(""), mode="r", zarr_format=3, use_consolidated=False)["obs"]
+        for file in files
     ]
     for name in sorted(set(frame.columns) & {column for group in groups for column in column_names(group)}):
         warn(f"obs column {name!r} is replaced, also where the table is silent", where=where)
@@ -220,12 +222,12 @@ def _commit_overlay(base: Collection, journal: Journal, overlay: pd.DataFrame, d
     number = state.number + 1
     draft = Draft()
     draft_frame(draft, "", overlay)
-    path = f"obs/{number:06d}.zarr"
-    staged = type(base.location)(base.location.root, tmp=journal.tmp)
-    objects = dict(state.objects)
-    for key, data in draft.take().items():
-        staged.write(f"{path}/{key}", data)
-        objects[f"{path}/{key}"] = describe(data)
+    tag = run_tag(base.location, {"annotate": digest}, state)
+    path = f"obs/{number:06d}{tag}.zarr"
+    staged = base.location.staged(journal.tmp)
+    written = {f"{path}/{key}": data for key, data in draft.take().items()}
+    staged.write_all(each(written))
+    objects = state.objects | {key: describe(data) for key, data in written.items()}
     entry = {"path": path, "n_obs": base.n_obs, "columns": list(overlay.columns), "digest": digest}
     after = replace(
         state,
@@ -233,6 +235,6 @@ def _commit_overlay(base: Collection, journal: Journal, overlay: pd.DataFrame, d
         obs_schema=state.obs_schema | obs_schema(overlay),
         overlays=(*state.overlays, entry),
         objects=objects,
+        tag=tag,
     )
-    sweep(staged, state, after)
     commit(staged, after, state)

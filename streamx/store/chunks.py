@@ -71,7 +71,7 @@ class Chunks:
         self.location, self.prefix, self.dtype, self.n = location, prefix, dtype, n
         self.chunk, self.per_shard, self.coding = chunk, per_shard, coding
         # caches of plain functions: over methods they would keep this object, and its files, alive
-        self._index = lru_cache(INDEXES)(partial(_read_index, location, prefix, per_shard, expected))
+        self.index = lru_cache(INDEXES)(partial(_read_index, location, prefix, per_shard, expected))
         self._file = lru_cache(FILES)(partial(_File, location, prefix))
 
     def frames(self, number_k: np.ndarray) -> Frames:
@@ -87,7 +87,7 @@ class Chunks:
         files = []
         cuts = np.append(np.flatnonzero(np.diff(shard_k, prepend=-1)), len(shard_k)).tolist()
         for low, high in pairwise(cuts):
-            index = self._index(int(shard_k[low]))
+            index = self.index(int(shard_k[low]))
             if index is not None:
                 file = self._file(int(shard_k[low]))
                 files.append(file)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import pandas as pd
 from scipy import sparse
 
 from streamx.errors import IntegrityError, UsageError
+from streamx.store.ahead import AT_ONCE
 from streamx.store.frame import Group, cast, column_names, missing, read_column, read_frame
 from streamx.store.genes import unpack_mask
 from streamx.store.layout import index_dtype
@@ -24,6 +25,7 @@ from streamx.store.manifest import Generation, Part, read_generation, read_part
 from streamx.store.matrix import Allocate, Matrix, gather
 from streamx.store.read import integrity, open_group, plan_reads
 from streamx.store.text import Text, joined, text_of
+from streamx.threads import run_all
 
 if TYPE_CHECKING:
     import anndata
@@ -51,7 +53,8 @@ class Collection:
     # -- what it is ------------------------------------------------------------------------------------
 
     @property
-    def path(self) -> Path:
+    def path(self) -> Path | str:
+        """Folder, or URL."""
         return self.location.root
 
     @property
@@ -110,7 +113,8 @@ class Collection:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        return tuple(read_part(self.location, entry) for entry in self._state.parts)
+        read = [partial(read_part, self.location, entry) for entry in self._state.parts]
+        return tuple(run_all(read, AT_ONCE if self.location.shared else 1))
 
     @cached_property
     def part_starts(self) -> np.ndarray:
@@ -163,8 +167,11 @@ class Collection:
     @cached_property
     def obs(self) -> pd.DataFrame:
         """All columns of all cells (read now; :meth:`obs_column` reads one)."""
-        columns = {name: self.obs_column(name).array for name in self.obs_columns}
-        return pd.DataFrame(columns, index=self.obs_names)
+        names, _ = self.obs_names, self._obs_groups  # opened once, before threads ask for them
+        read = [partial(self.obs_column, name) for name in self.obs_columns]
+        found = run_all(read, AT_ONCE if self.location.shared else 1)
+        columns = {name: column.array for name, column in zip(self.obs_columns, found, strict=True)}
+        return pd.DataFrame(columns, index=names)
 
     def obs_column(self, name: str, start: int = 0, stop: int | None = None) -> pd.Series:
         """Rows start..stop of one obs column, in the dtype that the newest generation gives it.

@@ -53,7 +53,7 @@ class Converted:
 
 def convert(
     inputs: Sequence[Any] | Mapping[str, Any] | str | Path,
-    output: str | Path,
+    output: str | Path | Location,
     *,
     append: bool = False,
     **settings: Any,
@@ -69,7 +69,7 @@ def convert(
         Files, globs, folders or AnnData objects in any mixture (h5ad, AnnData-Zarr, 10x HDF5 and mtx, csv,
         tsv, h5mu), or a mapping of file keys to them.
     output
-        Folder of the store.
+        Folder of the store, or ``s3://bucket/prefix`` (see :func:`streamx.store.location.open_location`).
     append
         Add to an existing store: genes are aligned to its axis, categories only grow, and the result is its
         next generation.
@@ -94,7 +94,7 @@ def convert(
 
 def convert_files(
     inputs: Sequence[Any] | Mapping[str, Any] | str | Path,
-    output: str | Path,
+    output: str | Path | Location,
     *,
     append: bool = False,
     **settings: Any,

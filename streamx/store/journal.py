@@ -1,6 +1,8 @@
 """The journal of an unfinished commit: who writes, with which settings, and what is done already.
 
-It lies beside the store (``STORE.journal``), never inside, and is removed when the commit has succeeded.
+It lies beside the store (``STORE.journal``), never inside, and is removed when the commit has succeeded. That
+of a store in a bucket lies in the local cache: a run is resumed on the machine where it began, and keeps out
+others of this machine only; :mod:`streamx.store.manifest` says what happens between machines.
 """
 
 from __future__ import annotations
@@ -13,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from streamx.errors import InputError, LockedError, SettingsChangedError, StreamxError, UsageError
+from streamx.store.folder import Folder
 from streamx.store.location import Location, storage_error
-from streamx.store.manifest import MARKER, dump, journal_path, read_generation, sweep
+from streamx.store.manifest import MARKER, dump, read_generation, sweep
 
 SETTINGS, LOCK = "settings.json", "lock"
 
@@ -29,7 +32,7 @@ class Journal:
     Parameters
     ----------
     store
-        The folder that is being written.
+        The place that is being written.
     fingerprint
         If given, :meth:`begin` with it.
 
@@ -41,7 +44,7 @@ class Journal:
 
     def __init__(self, store: Location, fingerprint: dict[str, Any] | None = None) -> None:
         self.store = store
-        self.location = type(store)(journal_path(store.root))
+        self.location = Folder(store.journal)
         self.tmp = self.location.root / "tmp"
         self.ingest = self.location.root / "ingest"
         self.rows = self.location.root / "rows"  # arrays over cells; every run makes them anew
@@ -94,10 +97,15 @@ class Journal:
                 f"an unfinished run was started with another {field}",
                 where=str(self.store),
                 fix="run it with the same settings and inputs; or give it up: rm -r "
-                + str(self.location if self.store.exists(MARKER) else f"{self.location} {self.store}"),
+                + " ".join(str(place) for place in self._all()),
             )
         self.location.delete_tree("tmp")
         self._begun = True
+
+    def _all(self) -> list[Location]:
+        """What to remove, to give the run up: no store that others read, nor objects of a bucket."""
+        alone = not self.store.shared and not self.store.exists(MARKER)
+        return [self.location, *([self.store] if alone else [])]
 
     def forget_finished(self) -> None:
         """A run that was killed between its commit and its end has left a journal, and nothing to do."""
@@ -111,7 +119,7 @@ class Journal:
 
     def laid_down(self) -> int:
         """Bytes that an interrupted run has left here and in the store."""
-        folders = (self.location.root, self.store.root)
+        folders = [root for root in (self.location.root, self.store.root) if isinstance(root, Path)]
         return sum(path.stat().st_size for folder in folders for path in folder.rglob("*") if path.is_file())
 
     def find(self, name: str) -> Any | None:

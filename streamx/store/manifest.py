@@ -3,17 +3,24 @@
 ``streamx.json`` (the marker) names the newest generation; a generation names its parts; a part names every
 object that one commit added, with size and checksum. All but the marker are written once and never changed,
 so a reader that opened one generation keeps reading that one. Nothing holds a time, a host or a path.
+
+In a folder a writer holds the lock of the journal (:mod:`streamx.store.journal`). A bucket has no such lock:
+there the names of all objects that a run writes hold a digest of the run (:func:`run_tag`), so that two runs
+never write the same object unless they write the same bytes, and the conditional PUT of the marker makes
+one generation live. Who comes second gets a :class:`~streamx.errors.LockedError`, and no reader a mixture.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
-from streamx.errors import BadFileError, IncompleteError, IntegrityError, UsageError
-from streamx.store.location import RESTORE, Location, ObjectTable, crc32c, describe
+from streamx.errors import BadFileError, IncompleteError, IntegrityError, StorageError
+from streamx.store.location import RESTORE, Location, ObjectTable, crc32c, describe, is_there
 
 FORMAT = 1
 MARKER = "streamx.json"
@@ -41,10 +48,11 @@ class Part:
     runs: tuple[tuple[str | None, int], ...]
     sources: tuple[dict[str, Any], ...]
     objects: ObjectTable
+    tag: str = ""
 
     @property
     def obs_path(self) -> str:
-        return f"obs/{self.number:06d}.zarr"
+        return f"obs/{self.number:06d}{self.tag}.zarr"
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class Generation:
         Settings and inputs of the newest part: what a resumed run must have in common.
     objects
         What belongs to no part: tables, overlays, the manifests of the generations before.
+    tag
+        What the names of its newest objects end in (:func:`run_tag`).
     """
 
     kind: str
@@ -79,6 +89,7 @@ class Generation:
     tables: dict[str, str] = field(default_factory=dict)
     view: dict[str, Any] | None = None
     objects: ObjectTable = field(default_factory=dict)
+    tag: str = ""
 
     @property
     def n_obs(self) -> int:
@@ -86,7 +97,7 @@ class Generation:
 
     @property
     def path(self) -> str:
-        return f"generations/{self.number:06d}.json"
+        return f"generations/{self.number:06d}{self.tag}.json"
 
 
 def dump(value: Any) -> bytes:
@@ -95,7 +106,7 @@ def dump(value: Any) -> bytes:
 
 
 def dump_part(part: Part) -> tuple[str, bytes]:
-    return f"parts/{part.number:06d}.json", dump(asdict(part))
+    return f"parts/{part.number:06d}{part.tag}.json", dump(asdict(part))
 
 
 def read_part(location: Location, entry: dict[str, Any]) -> Part:
@@ -108,16 +119,52 @@ def read_part(location: Location, entry: dict[str, Any]) -> Part:
     return Part(shards=shards, runs=runs, sources=tuple(raw.pop("sources")), **raw)
 
 
+def run_tag(location: Location, fingerprint: dict[str, Any], base: Generation | None) -> str:
+    """What the names of a run's objects end in: nothing where a lock keeps others out.
+
+    It depends on all that decides their bytes, and on the generation that the run starts from: what was
+    written for an older one can never become part of the collection any more.
+    """
+    if not location.shared:
+        return ""
+    libraries = [version(name) for name in ("zarr", "numcodecs")]
+    start = None if base is None else asdict(base)
+    digest = hashlib.blake2b(dump([fingerprint, start, libraries]), digest_size=6).hexdigest()
+    return f"-{digest}"
+
+
+def is_unfinished(key: str) -> bool:
+    """Whether an object that is in no manifest may belong to a run that is under way elsewhere."""
+    return re.match(rf"({'|'.join(FOLDERS)})/\d{{6,}}-[0-9a-f]{{12}}[./]", key) is not None
+
+
 def commit(location: Location, generation: Generation, base: Generation | None) -> None:
-    """Write the generation after `base`, make everything durable, then replace the marker: what counts."""
+    """Write the generation after `base`, make everything durable, then replace the marker: what counts.
+
+    What an abandoned run has left goes too: before that where a lock keeps others out, else after it, when
+    nobody who has written anything so far can win any more.
+
+    Raises
+    ------
+    LockedError
+        If another process has committed a generation after `base` meanwhile.
+    """
     if base is not None:
         before = {base.path: describe(dump(asdict(base)))}
         generation = replace(generation, objects=generation.objects | before)
+    keep = {generation.path, *expected_objects(location, generation)}
+    strays: list[str] = []
+    if location.shared:
+        strays = _unnamed(location, keep, new=generation.path)
+    else:
+        _sweep(location, keep)
     data = dump(asdict(generation))
     location.write(generation.path, data)
     location.sync()
-    location.write(MARKER, _marker(generation, data))
+    former = None if base is None else _marker(base, dump(asdict(base)))
+    location.replace(MARKER, _marker(generation, data), former)
     location.sync()
+    location.delete(*strays)
 
 
 def _marker(generation: Generation, data: bytes) -> bytes:
@@ -134,18 +181,39 @@ def expected_objects(location: Location, generation: Generation) -> ObjectTable:
     return expected
 
 
-def sweep(location: Location, *generations: Generation | None) -> None:
-    """Delete what an abandoned run has left: objects that none of the generations names."""
-    keep: set[str] = set()
-    for generation in generations:
-        if generation is not None:
-            keep |= {generation.path, *expected_objects(location, generation)}
+def sweep(location: Location, generation: Generation | None) -> None:
+    """Delete what a hopeless run has left; in a bucket the next commit does, for it may be another's."""
+    if not location.shared:
+        named = () if generation is None else expected_objects(location, generation)
+        _sweep(location, {*named, *([] if generation is None else [generation.path])})
+
+
+def _sweep(location: Location, keep: set[str]) -> None:
     for folder in FOLDERS:
         if not any(key.startswith(f"{folder}/") for key in keep):
             location.delete_tree(folder)
         for key in location.list(folder):
             if key not in keep:
                 location.delete(key)
+
+
+def _unnamed(location: Location, keep: set[str], new: str) -> list[str]:
+    """Objects that are not to be kept; those that are must be there, all but the new manifest.
+
+    Raises
+    ------
+    StorageError
+        If one is gone: a process that was taken for dead, or a person, may have deleted it.
+    """
+    there = {key for key in location.list() if key.partition("/")[0] in FOLDERS}
+    lost = keep - there - {new}
+    if lost:
+        raise StorageError(
+            f"{len(lost)} objects of this run are gone, the first is {min(lost)}",
+            where=str(location),
+            fix="run the same command again: it writes them anew",
+        )
+    return sorted(there - keep)
 
 
 def read_generation(location: Location) -> Generation:
@@ -167,13 +235,13 @@ def read_generation(location: Location) -> Generation:
                 where=str(location),
                 fix="`streamx convert` takes it as an input; `streamx project` wrote it? Name its folder",
             )
-        if journal_path(location.root).exists() or any((location.root / name).is_dir() for name in FOLDERS):
+        if location.journal.exists() or any(location.list(folder) for folder in FOLDERS):
             raise IncompleteError(
                 "incomplete: its writing was interrupted",
                 where=str(location),
                 fix="resume: run the command that wrote it once more",
             )
-        what = "is no streamx store" if location.root.exists() else "does not exist"
+        what = "is no streamx store" if is_there(location) else "does not exist"
         raise BadFileError(what, where=str(location), fix="make one with `streamx convert FILES... -o STORE`")
     marked = location.read(MARKER)
     try:
@@ -195,14 +263,6 @@ def read_generation(location: Location) -> Generation:
     if marked != _marker(generation, data):  # no checksum covers the marker itself
         raise _damaged(location, MARKER)
     return generation
-
-
-def journal_path(store: Path) -> Path:
-    """The journal lies beside the folder itself, whatever links lead there: objects are renamed across."""
-    store = store.resolve()
-    if not store.name:
-        raise UsageError("can't hold a collection", where=str(store), fix="name a folder")
-    return store.with_name(store.name + ".journal")
 
 
 def _damaged(location: Location, key: str) -> IntegrityError:

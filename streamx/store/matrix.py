@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from streamx.errors import IntegrityError
+from streamx.store.ahead import plan_ahead
 from streamx.store.chunks import Chunks, Frames, open_chunks
 from streamx.store.location import RESTORE, Location, ObjectTable
 from streamx.store.read import Read, integrity, open_group
@@ -59,21 +60,36 @@ class Matrix:
 
     def row_offsets(self, start: int, stop: int) -> np.ndarray:
         """Entries start..stop of indptr and the one after, int64."""
-        chunk, read = self._offsets
-        if chunk is None:
-            return read(0)[start : stop + 1]
-        pieces = [read(k) for k in range(start // chunk, stop // chunk + 1)]
-        first = start // chunk * chunk
+        numbers = self.offset_chunks(start, stop)
+        pieces = [self.offsets(number) for number in numbers]
+        first = 0 if self._indptr is None else numbers[0] * self._indptr.chunk
         return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces))[start - first : stop + 1 - first]
 
+    def offset_chunks(self, start: int, stop: int) -> range:
+        """Numbers of the chunks of indptr that hold the entries start..stop and the one after."""
+        chunk = stop + 1 if self._indptr is None else self._indptr.chunk
+        return range(start // chunk, stop // chunk + 1)
+
     @cached_property
-    def _offsets(self) -> tuple[int | None, Callable[[int], np.ndarray]]:
+    def offsets(self) -> Callable[[int], np.ndarray]:
+        """A chunk of indptr by its number; all of it as number 0 where zarr has to read it."""
+        if self._indptr is None:
+            return lru_cache(1)(partial(_whole_offsets, self.location, self.path, self.expected))
+        # in a bucket all are kept, 8 bytes per row: reading them again would be requests in every fetch
+        return lru_cache(None if self.location.shared else OFFSETS)(partial(_offsets_of, self._indptr))
+
+    def open(self) -> None:
+        """Read what says where the chunks lie, but for the indexes of indices and data."""
+        _ = self.values, self.offsets
+        if self._indptr is not None:
+            self._indptr.index(0)
+
+    @cached_property
+    def _indptr(self) -> Chunks | None:
         from streamx.store import decode
 
         chunks = open_chunks(self.location, f"{self.path}/X/indptr", self.expected)
-        if chunks is None or chunks.dtype != np.int64 or not decode.available():
-            return None, lru_cache(1)(partial(_whole_offsets, self.location, self.path, self.expected))
-        return chunks.chunk, lru_cache(OFFSETS)(partial(_offsets_of, chunks))
+        return chunks if chunks is not None and chunks.dtype == np.int64 and decode.available() else None
 
 
 def _whole_offsets(location: Location, path: str, expected: ObjectTable, _: int) -> np.ndarray:
@@ -142,6 +158,7 @@ def gather(
     IntegrityError
         If stored bytes are missing or not those that were written.
     """
+    plan_ahead(matrix_of, reads)
     offsets = [matrix_of(read.shard).row_offsets(read.start, read.stop) for read in reads]
     start_n, stop_n = (
         np.concatenate([part[which] for part in offsets]) if offsets else np.zeros(0, np.int64)

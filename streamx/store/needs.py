@@ -37,6 +37,11 @@ class Needs:
     disk_bytes: int
     output_bytes: int
 
+    @property
+    def elsewhere(self) -> Needs:
+        """The same, where the output goes to another place."""
+        return Needs(self.memory_bytes, self.disk_bytes - self.output_bytes, 0)
+
 
 @dataclass(frozen=True)
 class Sample:

@@ -8,9 +8,11 @@ slabs, threads or memory.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +25,7 @@ from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame, draft_obs
 from streamx.store.encode import matrix_chunk, matrix_shard
 from streamx.store.journal import Journal
-from streamx.store.location import Location, ObjectTable, crc32c, describe, open_location
+from streamx.store.location import Bytes, Location, ObjectTable, Put, crc32c, describe, open_location
 from streamx.store.manifest import (
     MARKER,
     Generation,
@@ -32,8 +34,9 @@ from streamx.store.manifest import (
     commit,
     dump,
     dump_part,
+    is_unfinished,
     read_generation,
-    sweep,
+    run_tag,
 )
 from streamx.store.needs import Needs, at_once, refuse
 from streamx.store.obs import Obs, as_obs
@@ -41,8 +44,6 @@ from streamx.store.plan import ShardPlan, plan_shards
 from streamx.store.scratch import pieces
 from streamx.store.spill import Slab, Spill, npy_pieces, spill
 from streamx.threads import run_all, thread_count
-
-Put = Callable[..., None]  # takes an object's key and its bytes, in pieces
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Content:
 
 
 def write_part(
-    path: str | Location,
+    path: str | Path | Location,
     slabs: Sequence[Slab],
     content: Content,
     *,
@@ -136,10 +137,12 @@ def write_part(
     if finished is not None:
         return finished
     base = read_generation(location) if append else None
-    staged = type(location)(location.root, tmp=journal.tmp)
+    staged = location.staged(journal.tmp)
     limit, n = parse_bytes(memory), thread_count(threads)
     if content.needs is not None:
-        refuse(content.needs, location.root, journal.laid_down())
+        local = isinstance(location.root, Path)  # else only the journal takes disk here
+        place = location.root if isinstance(location.root, Path) else journal.location.root
+        refuse(content.needs if local else content.needs.elsewhere, place, journal.laid_down())
     _write(staged, journal, base, slabs, content, preset, shard_rows, limit, n)
     journal.remove()
     return Collection(location)
@@ -164,7 +167,8 @@ def start(journal: Journal, fingerprint: dict[str, Any], *, append: bool) -> Col
     if finished is not None:
         journal.forget_finished()
         return finished
-    occupied = journal.store.root.is_file() or journal.store.list()
+    store = journal.store
+    occupied = os.path.isfile(store.root) or any(not is_unfinished(key) for key in store.list())
     if not append and journal.fingerprint is None and occupied:
         raise UsageError(
             "holds other files, and no store",
@@ -213,24 +217,25 @@ def _write(
     rows = Spill(spilled, obs.n_obs, journal.rows)
     number = base.number + 1 if base else 1
     before = sum(part["n_shards"] for part in base.parts) if base else 0
-    plans = plan_shards(rows.ends, first_number=before, shard_rows=shard_rows)
+    tag = run_tag(location, content.fingerprint, base)
+    plans = plan_shards(rows.ends, first_number=before, shard_rows=shard_rows, tag=tag)
     writer = _Writer(location, journal, rows, content, obs, preset)
     at_a_time = at_once(max((plan.shard for plan in plans), default=0), memory, threads)
-    tasks = [partial(writer.frame, plan) for plan in plans] + [partial(writer.part_obs, number)]
+    tasks = [partial(writer.frame, plan) for plan in plans]
+    tasks += [partial(writer.part_obs, f"{number:06d}{tag}")]
     tasks += [partial(writer.matrix, plan, k) for plan in plans for k in range(len(plan.cuts))]
     objects: ObjectTable = {}
     for found in run_all(tasks, at_a_time, "writing"):
         objects |= found
     shards = tuple(Shard(plan.path, plan.n_obs, plan.nnz) for plan in plans)
     nnz, runs = int(rows.ends[-1]), batch_runs(content)
-    part = Part(number, obs.n_obs, nnz, shards, runs, tuple(content.sources), objects)
+    part = Part(number, obs.n_obs, nnz, shards, runs, tuple(content.sources), objects, tag)
     part_path, part_data = dump_part(part)
     location.write(part_path, part_data)
     entry = {"path": part_path, "bytes": len(part_data), "crc32c": crc32c(part_data)}
     entry |= {"n_obs": part.n_obs, "nnz": part.nnz, "n_shards": len(shards)}
     entry |= {"maximum": rows.maximum, "dtype": str(writer.data_dtype)}
-    generation = _next_generation(location, base, number, entry, content)
-    sweep(location, base, generation)
+    generation = _next_generation(location, base, number, entry, content, tag)
     commit(location, generation, base)
 
 
@@ -255,12 +260,17 @@ def batch_runs(content: Content) -> tuple[tuple[str | None, int], ...]:
 
 
 def _next_generation(
-    location: Location, base: Generation | None, number: int, part: dict[str, Any], content: Content
+    location: Location,
+    base: Generation | None,
+    number: int,
+    part: dict[str, Any],
+    content: Content,
+    tag: str,
 ) -> Generation:
     tables: dict[str, str] = {}
     objects: ObjectTable = {}
     for name, values in content.tables.items():
-        key = f"tables/{number:06d}/{name}.npy"
+        key = f"tables/{number:06d}{tag}/{name}.npy"
         data = npy_pieces(values)
         location.write(key, *data)
         tables[name], objects[key] = key, describe(*data)
@@ -282,6 +292,7 @@ def _next_generation(
         tables=tables,
         view=content.view,
         objects=objects,
+        tag=tag,
     )
     if base is None:
         return generation
@@ -355,7 +366,7 @@ class _Writer:
 
         return self._step(f"{plan.path[7:-5]}-frame", plan.path, encode)
 
-    def part_obs(self, number: int) -> ObjectTable:
+    def part_obs(self, name: str) -> ObjectTable:
         """obs of the whole part in large column chunks."""
 
         def encode(put: Put) -> None:
@@ -364,7 +375,7 @@ class _Writer:
             for key, data in draft.take().items():
                 put(key, data)
 
-        return self._step(f"obs-{number:06d}", f"obs/{number:06d}.zarr", encode)
+        return self._step(f"obs-{name}", f"obs/{name}.zarr", encode)
 
     def _dense(self, name: str, first: int, width: int, dtype: np.dtype, low: int, high: int) -> np.ndarray:
         return self.rows.dense(name, first + low, first + high, width, dtype)
@@ -392,11 +403,14 @@ class _Writer:
             return done
         table: ObjectTable = {}
 
-        def put(key: str, *data: bytes) -> None:
-            self.location.write(f"{prefix}/{key}", *data)
-            table[f"{prefix}/{key}"] = describe(*data)
+        def described(put: Put) -> None:
+            def noted(key: str, *data: Bytes) -> None:
+                put(f"{prefix}/{key}", *data)
+                table[f"{prefix}/{key}"] = describe(*data)
 
-        encode(put)
+            encode(noted)
+
+        self.location.write_all(described)
         table = {key: table[key] for key in sorted(table)}
         self.journal.record(name, table)
         return table

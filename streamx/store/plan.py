@@ -47,13 +47,16 @@ class ShardPlan:
         return start, int(np.searchsorted(self.ends, high + first, side="left"))
 
 
-def plan_shards(ends: np.ndarray, *, first_number: int, shard_rows: int) -> list[ShardPlan]:
-    """Cut the rows of a part into shards. Pure: depends on where each row's values end only."""
+def plan_shards(ends: np.ndarray, *, first_number: int, shard_rows: int, tag: str = "") -> list[ShardPlan]:
+    """Cut the rows of a part into shards. Pure: depends on where each row's values end only.
+
+    `tag` is what the shards' names end in (:func:`streamx.store.manifest.run_tag`).
+    """
     n_obs = len(ends) - 1
     chunk = layout.chunk_values(n_obs, int(ends[-1]))
     plans = []
     for number, first in enumerate(range(0, n_obs, shard_rows), start=first_number):
         mine = ends[first : first + shard_rows + 1]
         shard = layout.shard_values(chunk, int(mine[-1] - mine[0]))
-        plans.append(ShardPlan(f"shards/{number:06d}.zarr", first, mine, chunk, shard))
+        plans.append(ShardPlan(f"shards/{number:06d}{tag}.zarr", first, mine, chunk, shard))
     return plans

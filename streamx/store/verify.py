@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from streamx.errors import BadFileError, StreamxError
+from streamx.errors import BadFileError, IntegrityError, StreamxError
 from streamx.store.location import Location, describe, open_location
-from streamx.store.manifest import MARKER, expected_objects, journal_path, read_generation
+from streamx.store.manifest import MARKER, expected_objects, is_unfinished, read_generation
 from streamx.threads import run_all, thread_count
+
+FROM_A_BUCKET = 8  # objects that are read at once, whatever the number of cores
 
 
 def verify_collection(place: str | Path | Location, *, threads: int = 0) -> dict[str, Any]:
@@ -18,9 +20,9 @@ def verify_collection(place: str | Path | Location, *, threads: int = 0) -> dict
     Parameters
     ----------
     place
-        Folder of the store or view.
+        The store or view.
     threads
-        Threads that read (0: one per core).
+        Threads that read (0: one per core; more from a bucket).
 
     Returns
     -------
@@ -43,29 +45,25 @@ def verify_collection(place: str | Path | Location, *, threads: int = 0) -> dict
 
         return {"ok": False, "objects": 0, "errors": [{"object": error.where, "error": error.what}]}
     keys = sorted(expected)
-    found = run_all(
-        [partial(check_object, location, key, expected[key]) for key in keys],
-        thread_count(threads),
-        "verifying",
-    )
+    n = thread_count(threads if threads or not location.shared else FROM_A_BUCKET)
+    found = run_all([partial(check_object, location, key, expected[key]) for key in keys], n, "verifying")
     errors = [{"object": key, "error": error} for key, error in zip(keys, found, strict=True) if error]
     known = {*expected, state.path, MARKER}
-    if not journal_path(location.root).exists():  # else a commit under way is adding objects
-        errors += [
-            {"object": key, "error": "not in the manifest"} for key in location.list() if key not in known
-        ]
+    if not location.journal.exists():  # else a commit under way is adding objects
+        strays = [key for key in location.list() if key not in known]
+        others = [key for key in strays if location.shared and is_unfinished(key)]
+        errors += [{"object": key, "error": "not in the manifest"} for key in strays if key not in others]
     return {"ok": not errors, "objects": len(keys) + 2, "errors": errors}
 
 
 def check_object(location: Location, key: str, expected: list[Any]) -> str | None:
     """What is wrong with an object, or None."""
-    size = location.size(key)
-    if size is None:
-        return "missing"
-    if size != expected[0]:
-        return f"{size} bytes, the manifest says {expected[0]}"
     try:
         found = describe(location.read(key))
+    except IntegrityError as error:
+        return error.what if location.exists(key) else "missing"
     except StreamxError as error:
         return error.what
+    if found[0] != expected[0]:
+        return f"{found[0]} bytes, the manifest says {expected[0]}"
     return None if found == expected else f"CRC-32 {found[1]}, the manifest says {expected[1]}"

@@ -66,7 +66,8 @@ class RecordedStep:
         self._inputs = tuple(tensor.clone() for tensor in minibatch)
         self.optimizer.zero_grad(set_to_none=True)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # the loader's thread allocates and copies meanwhile: only this thread's calls are to be checked
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             self._losses = self._step(*self._inputs, zero=False)
         self._graph = graph
 

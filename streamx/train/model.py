@@ -28,8 +28,7 @@ from streamx.interop.scalex import read_checkpoint
 from streamx.loader.transform import Transform
 from streamx.models.matched import Clusters
 from streamx.models.scalex import NormStats, Scalex
-from streamx.store.journal import journal_path
-from streamx.store.location import Location
+from streamx.store.location import Location, open_location
 from streamx.store.manifest import describe, dump
 
 FORMAT = 1
@@ -84,7 +83,7 @@ class Model:
     clusters: Clusters | None
     norm: str
     id: str
-    path: Path
+    path: Path | str
     card: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -146,7 +145,7 @@ def read_card(location: Location) -> dict[str, Any] | None:
     return card
 
 
-def load_model(path: str | Path) -> Model:
+def load_model(path: str | Path | Location) -> Model:
     """Load a model folder, or the output folder of SCALEX itself.
 
     Raises
@@ -158,12 +157,12 @@ def load_model(path: str | Path) -> Model:
     BadFileError
         If this is no model.
     """
-    location = Location(Path(path))
+    location = open_location(path)
     card = read_card(location)
     if card is None:
-        if any((location.root / sub / "config.pt").is_file() for sub in (".", "checkpoint")):
-            return _from_scalex(location.root)
-        if journal_path(location.root).exists():
+        if not location.shared and any(location.exists(f"{sub}config.pt") for sub in ("", "checkpoint/")):
+            return _from_scalex(Path(location.root))
+        if location.journal.exists():
             raise IncompleteError(
                 "training has not finished", where=str(path), fix="run the same `streamx train` again"
             )

@@ -22,9 +22,9 @@ from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, Usa
 from streamx.models.matched import Clusters
 from streamx.models.scalex import NormStats, Scalex
 from streamx.store.collection import Collection, open_collection
-from streamx.store.journal import Journal, first_difference, journal_path
+from streamx.store.journal import Journal, first_difference
 from streamx.store.latents import write_latents
-from streamx.store.location import Location
+from streamx.store.location import Location, open_location
 from streamx.store.manifest import describe, dump
 from streamx.threads import thread_count
 from streamx.train.checkpoint import Throttle, find_state, restore, save_state
@@ -41,6 +41,8 @@ log = logging.getLogger("streamx")
 
 # Settings that change how the work is done and not its result.
 _FREE = ("device", "memory", "threads", "checkpoint_seconds")
+# Settings that came later: models that say nothing of them have the default.
+_LATER = ("accumulate", "precision", "graph")
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ class TrainResult:
 
 
 def train(
-    view: Collection | str | Path, output: str | Path, *, progress: bool = True, **settings: Any
+    view: Collection | str | Path, output: str | Path | Location, *, progress: bool = True, **settings: Any
 ) -> TrainResult:
     """Train a reference model on a view and write it.
 
@@ -81,8 +83,8 @@ def train(
     view
         What ``preprocess`` wrote.
     output
-        Folder of the model (see :mod:`streamx.train.model`); unfinished state lies beside it, in
-        ``<output>.journal``.
+        Folder of the model (see :mod:`streamx.train.model`), or ``s3://bucket/prefix``; unfinished state lies
+        beside it, in ``<output>.journal``, or in the local cache.
     settings
         Fields of :class:`~streamx.config.TrainConfig` and :class:`~streamx.config.ScalexConfig`.
 
@@ -99,7 +101,7 @@ def train(
     if view.n_obs == 0:
         raise EmptyError("the view has no cells", where=str(view.path), fix="preprocess with other limits")
     device = pick_device(config.device)
-    location = Location(Path(output))
+    location = open_location(output)
     fingerprint = _fingerprint(view, config, network)
     card = read_card(location)
     if card is not None:
@@ -265,7 +267,7 @@ def _write(
     location.write("history.csv", history)
     digest, described = save_weights(location, module, view.scale_bg, stats, clusters)
     uns = {"streamx": {"model": digest, "norm": config.norm, "batch_key": view.batch_key}}
-    write_latents(location.path("reference.zarr"), view.obs, {"X_scalex": z_nk}, uns)
+    write_latents(location.below("reference.zarr"), view.obs, {"X_scalex": z_nk}, uns)
     card = {
         "format": FORMAT,
         "model": config.model,
@@ -324,9 +326,12 @@ def _fingerprint(view: Collection, config: TrainConfig, network: ScalexConfig) -
             "batches": view.batches,
         }
     )
+    default = asdict(TrainConfig())
+    settings = asdict(config)
+    later = {k for k in _LATER if settings[k] == default[k]}
     return {
         "view": {"generation": view.generation, "sha256": hashlib.sha256(content).hexdigest()},
-        "train": {k: v for k, v in asdict(config).items() if k not in _FREE},
+        "train": {k: v for k, v in settings.items() if k not in later.union(_FREE)},
         "network": asdict(network),
     }
 
@@ -341,7 +346,7 @@ def _finished(
             where=str(location),
             fix="choose another folder, or remove this one",
         )
-    if journal_path(location.root).exists():  # killed between the last write and the end
+    if location.journal.exists():  # killed between the last write and the end
         Journal(location, fingerprint).remove()
     log.info("%s holds this model already: nothing to train", location)
     return _result(location, card["training"], 0.0, time.monotonic() - begun)

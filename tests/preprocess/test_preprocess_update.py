@@ -108,22 +108,22 @@ def test_updating_twice_is_updating_once(tmp_path: Path) -> None:
 def test_interrupted_update_is_resumed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
-    from streamx.store.location import Location
+    from streamx.store.folder import Folder
 
     before = preprocess(two_parts(tmp_path), tmp_path / "view", **SETTINGS)
     shutil.copytree(tmp_path / "view", tmp_path / "whole")
     append(tmp_path)
     update_view(tmp_path / "whole")
-    done, write = [0], Location.write
+    done, write = [0], Folder.write
 
-    def dies(self: Location, key: str, *data: Any) -> None:
+    def dies(self: Folder, key: str, *data: Any) -> None:
         done[0] += 1
         if done[0] == fails_at:
             raise KeyboardInterrupt
         write(self, key, *data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Location, "write", dies)
+        patch.setattr(Folder, "write", dies)
         with pytest.raises(KeyboardInterrupt):
             update_view(tmp_path / "view")
     assert sx.open(tmp_path / "view").n_obs == before.n_obs  # readers see the former generation

@@ -145,19 +145,19 @@ def test_bytes_depend_on_data_and_settings_alone(store: Collection, tmp_path: Pa
 def test_interrupted_then_resumed(
     store: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int
 ) -> None:
-    from streamx.store.location import Location
+    from streamx.store.folder import Folder
 
     preprocess(store, tmp_path / "whole", **RNA)
-    done, write = [0], Location.write
+    done, write = [0], Folder.write
 
-    def dies(self: Location, key: str, *data: Any) -> None:
+    def dies(self: Folder, key: str, *data: Any) -> None:
         done[0] += 1
         if done[0] == fails_at:
             raise KeyboardInterrupt
         write(self, key, *data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Location, "write", dies)
+        patch.setattr(Folder, "write", dies)
         with pytest.raises(KeyboardInterrupt):
             preprocess(store, tmp_path / "killed", **RNA)
     with pytest.raises(Exception, match=r"incomplete|does not exist"):

@@ -15,7 +15,7 @@ from store_samples import read_values
 from streamx.errors import IntegrityError
 from streamx.store import layout
 from streamx.store.chunks import Chunks, open_chunks
-from streamx.store.location import Location
+from streamx.store.folder import Folder
 
 N, CHUNK = 10_007, 1024
 
@@ -33,7 +33,7 @@ def write(folder: Path, preset: str, dtype: str, per_shard: int = 3, name: str =
 
 
 def opened(folder: Path, name: str = "data") -> Chunks:
-    found = open_chunks(Location(folder / "store"), f"X/{name}", {})
+    found = open_chunks(Folder(folder / "store"), f"X/{name}", {})
     assert found is not None
     return found
 
@@ -67,9 +67,9 @@ def test_any_range(tmp_path_factory: pytest.TempPathFactory, a: int, b: int) -> 
 
 def test_other_layouts_are_left_to_zarr(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "store/plain", shape=(10,), dtype="u2", chunks=(5,), zarr_format=3)
-    assert open_chunks(Location(tmp_path / "store"), "plain", {}) is None
+    assert open_chunks(Folder(tmp_path / "store"), "plain", {}) is None
     zarr.create_array(tmp_path / "store/flat", shape=(4, 4), dtype="u2", chunks=(2, 2), shards=(4, 4))
-    assert open_chunks(Location(tmp_path / "store"), "flat", {}) is None
+    assert open_chunks(Folder(tmp_path / "store"), "flat", {}) is None
 
 
 def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
@@ -94,7 +94,7 @@ def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
 
 def test_lost_objects_and_metadata(tmp_path: Path) -> None:
     write(tmp_path, "default", "uint16", per_shard=3)
-    location = Location(tmp_path / "store")
+    location = Folder(tmp_path / "store")
     (tmp_path / "store/X/data/c/2").unlink()
     reader = open_chunks(location, "X/data", {"X/data/c/2": [1000, "0"]})
     assert reader is not None

@@ -27,7 +27,7 @@ from store_samples import sample, tree, with_names, written
 
 import streamx as sx
 from streamx.errors import BadFileError, IncompleteError
-from streamx.store.location import Location
+from streamx.store.folder import Folder
 
 OPERATIONS = ("write", "delete", "delete_tree", "sync")
 
@@ -39,13 +39,13 @@ class Killed(BaseException):
 def every_operation(monkeypatch: pytest.MonkeyPatch, before: Callable[[], Any]) -> None:
     """Call `before` at the start of each operation of any Location, the journal's too."""
     for name in OPERATIONS:
-        original = getattr(Location, name)
+        original = getattr(Folder, name)
 
-        def operation(self: Location, *args: Any, _original: Any = original) -> Any:
+        def operation(self: Folder, *args: Any, _original: Any = original) -> Any:
             before()
             return _original(self, *args)
 
-        monkeypatch.setattr(Location, name, operation)
+        monkeypatch.setattr(Folder, name, operation)
 
 
 def snapshots(place: Path, into: Path, work: Callable[[Path], Any]) -> list[Path]:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,6 +17,7 @@ from store_samples import sample
 
 import streamx as sx
 from streamx.store import layout
+from streamx.store.strict import StrictStore
 
 MEASURE = """
 import json, os, sys, threading, time
@@ -129,15 +131,13 @@ def test_opens_fast_and_reads_only_the_columns_asked_for(
     adata = sample(53, 13, 0, batch=["a"] * 53, **{f"column{i}": np.arange(53) for i in range(200)})
     sx.convert(adata, tmp_path / "store")
     read: list[str] = []
-    from zarr.storage import LocalStore
+    original = StrictStore.get
 
-    original = LocalStore.get
-
-    async def get(self: LocalStore, key: str, *args: object, **kwargs: object) -> object:
+    async def get(self: StrictStore, key: str, *args: Any, **kwargs: Any) -> Any:
         read.append(key)
         return await original(self, key, *args, **kwargs)
 
-    monkeypatch.setattr(LocalStore, "get", get)
+    monkeypatch.setattr(StrictStore, "get", get)
     begun = time.perf_counter()
     store = sx.open(tmp_path / "store")
     assert time.perf_counter() - begun < 1

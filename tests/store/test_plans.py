@@ -18,9 +18,10 @@ from streamx.errors import UsageError
 from streamx.store import layout
 from streamx.store.chunks import open_chunks
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame
+from streamx.store.folder import Folder
 from streamx.store.frame import read_frame
 from streamx.store.journal import Journal, first_difference
-from streamx.store.location import Location, describe
+from streamx.store.location import describe
 from streamx.store.manifest import MARKER, read_generation
 from streamx.store.pack import Content, write_part
 from streamx.store.plan import plan_shards
@@ -114,7 +115,7 @@ def test_spilled_rows(tmp_path: Path, n: int, n_slabs: int, seed: int, data: st.
         return Slab(f"s{k}", mine, lambda: (x_ng[mine], {"p": dense[mine]} if k else {}))
 
     place = tmp_path / str(seed)
-    with Journal(Location(place), {"seed": seed}) as journal:
+    with Journal(Folder(place), {"seed": seed}) as journal:
         for _ in range(2):  # made, then found
             rows = Spill(
                 spill([slab(k) for k in range(n_slabs)], journal, threads=2, progress=""), n, journal.rows
@@ -140,7 +141,7 @@ def test_spilled_rows(tmp_path: Path, n: int, n_slabs: int, seed: int, data: st.
 
 def test_spilled_rows_are_those_of_the_slab(tmp_path: Path) -> None:
     """A record under the same key, of other rows (other limits of memory): read again."""
-    with Journal(Location(tmp_path / "store"), {}) as journal:
+    with Journal(Folder(tmp_path / "store"), {}) as journal:
         for rows in (np.array([0, 1]), np.array([0, 2])):
             made = spill(
                 [Slab("k", rows, lambda: (matrix(np.random.default_rng(0), 2), {}))],
@@ -231,7 +232,7 @@ def test_beyond_2_31_values(tmp_path: Path) -> None:
     )  # fmt: skip
     values = np.random.default_rng(0).integers(1, 255, 5000).astype(np.uint8)
     array[n - 5000 : n] = values
-    reader = open_chunks(Location(tmp_path / "store"), "data", {})
+    reader = open_chunks(Folder(tmp_path / "store"), "data", {})
     assert reader is not None
     np.testing.assert_array_equal(read_values(reader, n - 5000, n), values)
     np.testing.assert_array_equal(read_values(reader, n - 7, n - 2), values[-7:-2])
@@ -259,7 +260,7 @@ def test_first_difference_names_the_field() -> None:
 def test_keys_stay_inside(tmp_path: Path, key: str) -> None:
     from streamx.errors import StorageError
 
-    location = Location(tmp_path / "store")
+    location = Folder(tmp_path / "store")
     for work in (
         location.read,
         location.exists,
@@ -275,13 +276,13 @@ def test_keys_stay_inside(tmp_path: Path, key: str) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_urls_are_named(tmp_path: Path) -> None:
+def test_unknown_schemes_are_named() -> None:
     import streamx as sx
 
-    with pytest.raises(UsageError, match="URL"):
-        sx.open("s3://bucket/store")
-    with pytest.raises(UsageError, match="URL"):
-        sx.convert([], "s3://bucket/store")
+    with pytest.raises(UsageError, match=r"ftp:// .*\n.*s3://"):
+        sx.open("ftp://bucket/store")
+    with pytest.raises(UsageError, match="https://"):
+        sx.convert([], "https://bucket/store")
 
 
 def test_a_part_of_one_cell_and_no_obs_but_the_batch(tmp_path: Path) -> None:
@@ -296,5 +297,5 @@ def test_a_part_of_one_cell_and_no_obs_but_the_batch(tmp_path: Path) -> None:
     for _ in range(2):
         made = write_part(tmp_path / "store", [slab], content)
         assert made.read(0, 1).toarray().tolist() == [[3]]
-    assert read_generation(Location(tmp_path / "store")).fingerprint == {"x": [1, 2]}
+    assert read_generation(Folder(tmp_path / "store")).fingerprint == {"x": [1, 2]}
     assert (tmp_path / "store" / MARKER).exists()

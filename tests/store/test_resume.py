@@ -39,8 +39,8 @@ from streamx.errors import (
 from streamx.store import convert as convert_module
 from streamx.store import pack
 from streamx.store.convert import _DECISIVE, convert_files
+from streamx.store.folder import Folder
 from streamx.store.journal import Journal
-from streamx.store.location import Location
 
 
 class Stop(BaseException):
@@ -62,14 +62,14 @@ def fail_at(
     patch: pytest.MonkeyPatch, k: int, error: Callable[[], BaseException], operation: str = "write"
 ) -> None:
     """The k-th write and all that follow raise: tasks that run meanwhile get no further either."""
-    done, original = itertools.count(1), getattr(Location, operation)
+    done, original = itertools.count(1), getattr(Folder, operation)
 
-    def failing(self: Location, *args: Any) -> Any:
+    def failing(self: Folder, *args: Any) -> Any:
         if next(done) >= k:
             raise error()
         return original(self, *args)
 
-    patch.setattr(Location, operation, failing)
+    patch.setattr(Folder, operation, failing)
 
 
 def stopped(inputs: Any, place: Path, k: int = 12, **settings: Any) -> None:
@@ -370,7 +370,7 @@ def _convert(inputs: list[Path], place: Path, seed: int, barrier: Any, results: 
 class TestTwoWriters:
     def test_the_other_says_who(self, tmp_path: Path) -> None:
         inputs = files(tmp_path)
-        with Journal(Location(tmp_path / "store")):
+        with Journal(Folder(tmp_path / "store")):
             with pytest.raises(LockedError, match=f"process {os.getpid()} on ") as caught:
                 sx.convert(inputs, tmp_path / "store")
             assert caught.value.exit_code == 5
@@ -383,7 +383,7 @@ class TestTwoWriters:
                 tmp_path / "store", ad.read_h5ad(inputs[0]).obs[["donor"]].rename(columns={"donor": "d"})
             ),
         ):
-            with Journal(Location(tmp_path / "store")), pytest.raises(LockedError):
+            with Journal(Folder(tmp_path / "store")), pytest.raises(LockedError):
                 work()
 
     def test_a_lock_of_the_dead_is_none(self, tmp_path: Path) -> None:
@@ -428,7 +428,7 @@ class TestTwoWriters:
         lock = convert_module.Journal
         meanwhile = [True]
 
-        def late(location: Location) -> Journal:
+        def late(location: Folder) -> Journal:
             if meanwhile.pop() if meanwhile else False:
                 sx.convert(inputs[1:], tmp_path / "store", append=True)
             return lock(location)
@@ -554,7 +554,7 @@ class TestBadInputs:
                 sx.convert([other], tmp_path / "store", append=True, shard_rows=20, threads=1)
         with pytest.raises(SettingsChangedError, match=r"inputs\.b"):
             sx.convert(inputs[1:], tmp_path / "store", append=True)
-        Location(tmp_path).delete_tree("store.journal")
+        Folder(tmp_path).delete_tree("store.journal")
         assert not sx.verify(tmp_path / "store")["ok"]
         for place in ("store", "whole"):
             sx.convert(inputs[1:], tmp_path / place, append=True)

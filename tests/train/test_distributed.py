@@ -144,7 +144,7 @@ def test_scalex_ends_near_one_process(tmp_path: Path) -> None:
     Not by the losses of training: in these each norm takes part with its own minibatch, and a smaller one
     gives a higher loss for the same weights.
     """
-    view = write_view(tmp_path / "view", [1400, 800, 360])
+    view = write_view(tmp_path / "view", [1400, 800, 360], expressed=0.2)
     settings = SETTINGS | {"max_iteration": 400}
     ratios = []
     for seed in range(3):
@@ -161,7 +161,7 @@ def test_scalex_ends_near_one_process(tmp_path: Path) -> None:
 
 
 def test_stopped_together_and_taken_up(tmp_path: Path) -> None:
-    view = write_view(tmp_path / "view", [180, 90, 1])
+    view = write_view(tmp_path / "view", [180, 90, 1], expressed=0.2)
     settings = SETTINGS | {"max_iteration": 1000, "checkpoint_seconds": 0, "minibatch_size": 32}
     words = [*TORCHRUN, *command(view.path, tmp_path / "model", **settings)]
     child = subprocess.Popen(words, cwd=tmp_path, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)

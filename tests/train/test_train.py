@@ -30,6 +30,7 @@ from streamx.train.model import load_model
 from streamx.train.run import TrainResult, train
 
 SIZES = [180, 90, 1]
+SPARSE = 0.2  # the path of real data; test_feed.py compares it with the dense one
 SMALL: dict[str, Any] = {
     "max_iteration": 24,
     "n_hidden": 16,
@@ -41,7 +42,11 @@ SMALL: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def view(tmp_path_factory: pytest.TempPathFactory) -> Collection:
-    return write_view(tmp_path_factory.mktemp("train") / "view", SIZES)
+    return write_view(tmp_path_factory.mktemp("train") / "view", SIZES, expressed=SPARSE)
+
+
+def test_the_view_is_sparse(view: Collection) -> None:
+    assert view.nnz < 0.25 * view.n_obs * view.n_vars
 
 
 @pytest.fixture(scope="module")
@@ -131,18 +136,18 @@ def test_killed_at_a_write_it_resumes_to_the_same_bytes(
     monkeypatch: pytest.MonkeyPatch,
     at: int,
 ) -> None:
-    from streamx.store.location import Location
+    from streamx.store.folder import Folder
 
-    write, operations = Location.write, 0
+    write, operations = Folder.write, 0
 
-    def mortal(self: Location, key: str, data: Any) -> None:
+    def mortal(self: Folder, key: str, data: Any) -> None:
         nonlocal operations
         operations += 1
         if operations == at:
             raise Killed
         write(self, key, data)
 
-    monkeypatch.setattr(Location, "write", mortal)
+    monkeypatch.setattr(Folder, "write", mortal)
     try:
         train(view, tmp_path / "model", **SMALL)
     except Killed:
@@ -273,7 +278,10 @@ def test_scalex_own_folder(trained: tuple[Path, TrainResult], tmp_path: Path) ->
 def test_latents_in_row_order(view: Collection, trained: tuple[Path, TrainResult], norm: str) -> None:
     module = load_model(trained[0]).module
     z = latents(module, view, norm)
-    x = make_counts(SIZES)[0].toarray() * (1e4 / view.obs["_streamx_total"].to_numpy())[:, None]
+    x = (
+        make_counts(SIZES, expressed=SPARSE)[0].toarray()
+        * (1e4 / view.obs["_streamx_total"].to_numpy())[:, None]
+    )
     assert view.scale_bg is not None
     batch = view.batch_codes
     pre = module.encoder.hidden(
@@ -312,7 +320,7 @@ def test_imputation_by_name(trained: tuple[Path, TrainResult]) -> None:
 
 
 def test_few_cells(tmp_path: Path) -> None:
-    view = write_view(tmp_path / "view", [20, 1, 1])
+    view = write_view(tmp_path / "view", [20, 1, 1], expressed=SPARSE)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = train(view, tmp_path / "model", **SMALL | {"max_iteration": 5})

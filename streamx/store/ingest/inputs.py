@@ -15,7 +15,9 @@ from streamx.store.ingest import mtx, table, tenx
 from streamx.store.ingest.elements import anndata_source
 from streamx.store.ingest.objects import memory_source
 from streamx.store.ingest.pool import Pool
+from streamx.store.ingest.remote import Remote, expand_url, fetch
 from streamx.store.ingest.source import Request, Source, reading
+from streamx.store.location import is_url
 
 HDF5 = (".h5ad", ".h5mu", ".h5", ".hdf5")
 TEXT = (".csv", ".tsv", ".txt")
@@ -66,7 +68,8 @@ def open_sources(
         if name is not None and len(members) > 1:
             raise UsageError(f"{item} is {len(members)} files", where=name, fix="name one file per key")
         for member in members:
-            identity = member.resolve() if isinstance(member, Path) else id(member)
+            identity = member.resolve() if isinstance(member, Path) else member
+            identity = identity if isinstance(member, (Path, Remote)) else id(member)
             named.setdefault(identity, (member, name))
     sources: list[Source] = []
     pool = Pool()
@@ -88,6 +91,10 @@ def open_sources(
 
 def expand(item: Any) -> list[Any]:
     """An input as the user wrote it -> paths (sorted) or objects."""
+    if is_url(item):
+        return list(expand_url(item))
+    if isinstance(item, Remote):
+        return [item]
     if not isinstance(item, str | Path):
         if not hasattr(item, "obs") or not (hasattr(item, "X") or hasattr(item, "mod")):
             raise UsageError(f"a {type(item).__name__} is no input", fix="pass paths or AnnData objects")
@@ -149,6 +156,8 @@ def stem(path: Path) -> str:
 
 def unique_keys(inputs: list[tuple[Any, str | None]]) -> list[tuple[str, Any]]:
     """Keys and inputs, sorted by key: the name given, else the stem, else folder and stem."""
+    given = [item for item, _ in inputs]
+    inputs = [(item.path if isinstance(item, Remote) else item, name) for item, name in inputs]
     unnamed = [item for item, name in inputs if name is None and not isinstance(item, Path)]
     width = len(str(len(unnamed)))
     keys: list[str] = []
@@ -163,22 +172,26 @@ def unique_keys(inputs: list[tuple[Any, str | None]]) -> list[tuple[str, Any]]:
         if times[keys[i]] > 1 and name is None and isinstance(item, Path):
             keys[i] = f"{item.resolve().parent.name}_{keys[i]}"
     first: dict[str, Any] = {}
-    for key, (item, _) in zip(keys, inputs, strict=True):
+    for key, item in zip(keys, given, strict=True):
         if key in first:
             raise UsageError(
                 f"two inputs would both be called {key!r}: {first[key]} and {item}",
                 fix="rename one of them or its folder",
             )
         first[key] = item
-    return sorted(zip(keys, (item for item, _ in inputs), strict=True), key=lambda pair: pair[0])
+    return sorted(zip(keys, given, strict=True), key=lambda pair: pair[0])
 
 
 def location_of(item: Any, key: str) -> str:
-    return str(item) if isinstance(item, Path) else f"{type(item).__name__} {key}"
+    return str(item) if isinstance(item, (Path, Remote)) else f"{type(item).__name__} {key}"
 
 
 def open_one(item: Any, request: Request) -> Source:
     """Choose the reader: by what a folder holds, by a file's extension, and inside HDF5 by its groups."""
+    if isinstance(item, Remote):
+        item = fetch(item, request.spill.parent)
+        if item.is_dir():
+            (item,) = folder_members(item)
     if not isinstance(item, Path):
         return memory_source(item, request)
     if item.parent.suffix == ".h5mu" and not item.parent.is_dir():

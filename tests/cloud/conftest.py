@@ -1,0 +1,75 @@
+"""An S3 server in this process, and a proxy in front of it that injects faults."""
+
+from __future__ import annotations
+
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import boto3
+import pytest
+from faults import Proxy
+from moto.server import ThreadedMotoServer
+
+from streamx.store import draft, layout
+from streamx.store.bucket import Bucket
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """URL of the server, which has one bucket, `cells`."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    url = f"http://{host}:{port}"
+    keys = {"aws_access_key_id": "test", "aws_secret_access_key": "hush"}
+    boto3.client("s3", endpoint_url=url, region_name="us-east-1", **keys).create_bucket(Bucket="cells")
+    yield url
+    moto.stop()
+
+
+@pytest.fixture(autouse=True)
+def surroundings(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user has in the environment, journals in a folder of the test, and no waiting for disks."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "AZURE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush")
+    monkeypatch.setenv("AWS_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("STREAMX_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setattr(os, "sync", lambda: None)
+
+
+@pytest.fixture
+def proxy(server: str) -> Iterator[Proxy]:
+    with Proxy(server) as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def url() -> str:
+    """A prefix that no other test uses."""
+    return f"s3://cells/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def bucket(url: str) -> Callable[..., Bucket]:
+    """Places of this test in the bucket."""
+
+    def make(name: str = "store", **options: object) -> Bucket:
+        return Bucket(f"{url}/{name}", **options)
+
+    return make
+
+
+@pytest.fixture
+def tiny_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of 8 values in zarr shards of 3 chunks; obs in chunks of 13 rows."""
+    monkeypatch.setattr(layout, "ROWS_PER_CHUNK", 2)
+    monkeypatch.setattr(layout, "VALUES_MULTIPLE", 8)
+    monkeypatch.setattr(layout, "CHUNKS_PER_SHARD", 3)
+    monkeypatch.setattr(draft, "OBS_ROWS_PER_CHUNK", 13)
