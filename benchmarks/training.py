@@ -103,9 +103,11 @@ def run_ours(way: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
     module = Scalex(view.n_vars, len(view.batches), generator=torch.Generator().manual_seed(seed))
     if way == "streamx project":
         latents(module, view, "running")  # compiles, and brings the view into the page cache
+        passes = max(1, 100_000 // view.n_obs)
         start = clock()
-        latents(module, view, "running")
-        return {"cells": view.n_obs, "losses": [], **since(start)}
+        for _ in range(passes):
+            latents(module, view, "running")
+        return {"cells": passes * view.n_obs, "losses": [], **since(start)}
     loader = make_loader(view, MINIBATCH, device=cpu, drop_last=True, seed=seed)
     minibatches = partial(training_inputs, loader, module.config.n_latent, seed)
     few = [minibatch for minibatch, _ in zip(minibatches(0, 0), range(3), strict=False)]
