@@ -22,7 +22,7 @@ from typing import Any
 from streamx.errors import BadFileError, IncompleteError, IntegrityError, StorageError
 from streamx.store.location import RESTORE, Location, ObjectTable, crc32c, describe, is_there
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "streamx.json"
 # Where a commit puts its objects; what lies there and is in no manifest is left from an unfinished run.
 FOLDERS = ("generations", "obs", "parts", "shards", "tables")
@@ -246,11 +246,12 @@ def read_generation(location: Location) -> Generation:
     marked = location.read(MARKER)
     try:
         marker = json.loads(marked)
-        if marker["format"] > FORMAT:
+        if marker["format"] != FORMAT:
+            newer = marker["format"] > FORMAT
             raise BadFileError(
-                f"format {marker['format']} is newer than this streamx knows ({FORMAT})",
+                f"format {marker['format']}, and this streamx reads {FORMAT}",
                 where=str(location),
-                fix="upgrade streamx",
+                fix="upgrade streamx" if newer else "make it again with this version",
             )
         path, expected = str(marker["path"]), list(marker["object"])
     except (ValueError, KeyError, TypeError) as error:

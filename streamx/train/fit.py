@@ -185,7 +185,7 @@ def _add(sums: Tensors, losses: Tensors) -> None:
     """Add losses up where they are: reading them would wait for the device."""
     for name, value in losses.items():
         value = value.detach().double()
-        sums[name] = sums[name] + value if name in sums else value
+        sums[name] = sums[name] + value if name in sums else value.clone()  # a recorded step overwrites it
 
 
 def _grouped(minibatches: Iterable[Any], size: int) -> Iterator[list[Any]]:

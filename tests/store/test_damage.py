@@ -188,17 +188,20 @@ def test_verify_of_what_is_no_store(tmp_path: Path) -> None:
         sx.verify(tmp_path / "a.zarr")
 
 
-@pytest.mark.parametrize("damage", ["[]", "{}", "{", '"x"', "\xff", '{"format": 1}', "null"])
+@pytest.mark.parametrize("damage", ["[]", "{}", "{", '"x"', "\xff", '{"format": 2}', "null"])
 def test_a_marker_of_nonsense(copy: Path, damage: str) -> None:
     (copy / "streamx.json").write_text(damage, encoding="latin-1")
     with pytest.raises(IntegrityError):
         sx.open(copy)
 
 
-def test_a_newer_format(copy: Path) -> None:
+def test_another_format(copy: Path) -> None:
     marker = json.loads((copy / "streamx.json").read_text())
+    (copy / "streamx.json").write_text(json.dumps(marker | {"format": 1}))
+    with pytest.raises(BadFileError, match="make it again"):
+        sx.open(copy)
     (copy / "streamx.json").write_text(json.dumps(marker | {"format": 99}))
-    with pytest.raises(BadFileError, match="newer than this streamx"):
+    with pytest.raises(BadFileError, match="upgrade streamx"):
         sx.open(copy)
 
 

@@ -140,8 +140,8 @@ class TestChangedSettings:
     def test_another_format_of_the_same_store(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         inputs = files(tmp_path)
         stopped(inputs, tmp_path / "store")
-        monkeypatch.setattr(convert_module, "FORMAT", 2)
-        with pytest.raises(SettingsChangedError, match="another format: 1 -> 2"):
+        monkeypatch.setattr(convert_module, "FORMAT", 99)
+        with pytest.raises(SettingsChangedError, match="another format: 2 -> 99"):
             sx.convert(inputs, tmp_path / "store")
 
     @pytest.mark.parametrize("k", [3, 6, 20])

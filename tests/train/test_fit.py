@@ -63,6 +63,25 @@ def test_the_best_epoch_is_restored_for_real() -> None:
     assert state.history[0]["half"] == pytest.approx(state.history[0]["loss"] / 2)
 
 
+def test_a_whole_step_may_use_the_same_tensors_again() -> None:
+    """As a recorded one does: the means are those of all steps all the same."""
+    module, box = Line(), torch.zeros((), dtype=torch.float64)
+
+    def whole_step(value: float) -> dict[str, Tensor]:
+        return {"loss": box.fill_(value)}
+
+    state = fit(
+        module,
+        make_optimizer(module, 0.1, 0.0),
+        lambda epoch, done: [(1.0,), (2.0,), (6.0,)],
+        square(module),
+        n_epochs=2,
+        state=State(0, [], EarlyStopping(9)),
+        whole_step=whole_step,
+    )
+    assert [row["loss"] for row in state.history] == [3.0, 3.0]
+
+
 def test_snapshot_does_not_alias() -> None:
     module = Line()
     copy = snapshot(module)
