@@ -23,7 +23,8 @@ from streamx.store.collection import Collection, open_collection
 from streamx.store.layout import index_dtype
 
 TOTAL = "_streamx_total"
-GROUP_BYTES = 4_000_000  # of minibatches that are made at once: they stay in the processor's cache
+# of minibatches that are made at once: they stay in the processor's cache; on a GPU few large calls count
+GROUP_BYTES, GROUP_BYTES_ON_DEVICE = 4_000_000, 64_000_000
 
 
 @dataclass(frozen=True)
@@ -334,7 +335,8 @@ class Loader:
 
     @property
     def _group_rows(self) -> int:
-        return max(1, GROUP_BYTES // self._per_row[1])
+        on_device = self.device is not None and str(self.device) != "cpu"
+        return max(1, (GROUP_BYTES_ON_DEVICE if on_device else GROUP_BYTES) // self._per_row[1])
 
     def _needed(self, blocks_per_fetch: int) -> Budget:
         """Memory with fetches of so many blocks."""

@@ -12,7 +12,6 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -33,6 +32,7 @@ from streamx.store.answers import (
     status_of,
 )
 from streamx.store.location import RESTORE, SCHEMES, Bytes, ObjectTable, Put, Range, check_key
+from streamx.store.ranges import Request, merge
 from streamx.threads import pause, run_all
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.1, 10.0
 CONNECT_SECONDS = 5.0
 UPLOADS = 5  # times the time-out: the answer comes after the last byte was sent
 SHORT_ANSWERS = 3  # in a row: then the object itself is short
-MERGE_GAP = 1 << 14  # bytes that cost less than another request
-LARGEST = 1 << 24  # bytes up to which ranges become one request
 BYTES_AT_ONCE = 1 << 26  # of objects that wait to be put together
 ENDPOINTS = {"s3": "endpoint", "gs": "base_url", "az": "endpoint"}
 
@@ -378,30 +376,3 @@ class Bucket:
             if pause(wait):
                 raise StorageError("stopped", where=where) from None
             longest = min(2 * longest, LONGEST_PAUSE)
-
-
-@dataclass(frozen=True)
-class Request:
-    """Bytes start..stop of an object, and which (start, size, where in the buffer) of them are wanted."""
-
-    key: str
-    start: int
-    stop: int
-    parts: tuple[tuple[int, int, int], ...]
-
-
-def merge(ranges: Sequence[Range], gap: int = MERGE_GAP, largest: int = LARGEST) -> list[Request]:
-    """Ranges as requests: those of one object with at most `gap` bytes between them become one. Pure.
-
-    None grows beyond :data:`LARGEST` bytes in this way: several at once are faster than one.
-    """
-    requests: list[Request] = []
-    for key, start, size, at in sorted(ranges):
-        last = requests[-1] if requests else None
-        near = last is not None and last.key == key and start <= last.stop + gap
-        if last is not None and near and start + size - last.start <= largest:
-            parts = (*last.parts, (start, size, at))
-            requests[-1] = replace(last, stop=max(last.stop, start + size), parts=parts)
-        else:
-            requests.append(Request(key, start, start + size, ((start, size, at),)))
-    return requests

@@ -15,9 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from streamx.errors import IntegrityError, LockedError, StorageError, StreamxError, UsageError
-from streamx.store.bucket import Bucket, merge
+from streamx.store.bucket import Bucket
 from streamx.store.folder import Folder
 from streamx.store.location import Location, describe, each, follow, open_location, relative
+from streamx.store.ranges import merge
 
 QUICK = {"timeout": 1.0, "retry_seconds": 3.0}
 ODD = ["a/b/c", "cell type/zarr.json", "über%20#1~é?&+", "x{y}:*", "c/0/.hidden"]

@@ -33,6 +33,7 @@ from streamx.store.manifest import is_unfinished, read_generation
 
 Make = Callable[..., Bucket]
 OPERATIONS = ("write", "replace", "delete", "delete_tree")
+LONG = (pytest.mark.slow, pytest.mark.timeout(900))
 
 
 class Killed(BaseException):
@@ -171,8 +172,8 @@ def dies_at(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([], small),
         ([small], label),
-        pytest.param([], convert, marks=pytest.mark.slow),
-        pytest.param([convert], append, marks=pytest.mark.slow),
+        pytest.param([], convert, marks=LONG),
+        pytest.param([convert], append, marks=LONG),
     ],
     ids=["small", "annotate", "convert", "append"],
 )

@@ -11,7 +11,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from streamx.errors import StorageError, UsageError
-from streamx.store.bucket import LARGEST, Bucket
+from streamx.store.bucket import Bucket
+from streamx.store.ranges import LARGEST
 
 PIECE, PIECES = LARGEST, 4  # bytes of one request, requests at once
 
