@@ -89,3 +89,17 @@ def matrix_shard(
             yield encode(piece)
 
     return shard_of(chunks(), n_chunks)
+
+
+def offsets_shard(ends: np.ndarray, chunk: int) -> list[bytes]:
+    """The one zarr shard of an indptr (from 0), in pieces; its layout is that of `offset_geometry`."""
+    from numcodecs import blosc
+
+    def chunks() -> Iterable[bytes]:
+        for low in range(0, len(ends), chunk):
+            values = np.zeros(chunk, np.int64)
+            piece = ends[low : low + chunk]
+            values[: len(piece)] = piece - ends[0]
+            yield checked(blosc.compress(values, b"zstd", 3, blosc.SHUFFLE, 0, typesize=8))
+
+    return shard_of(chunks(), -(-len(ends) // chunk))

@@ -57,7 +57,7 @@ def cells_of(
 
 def piece_rows(source: Source) -> Iterator[tuple[int, int]]:
     """Pieces of a file's cells of bounded size."""
-    step = max(1024, min(PIECE_ROWS // 2, VALUES_AT_ONCE // (1 + len(source.cells.columns))))
+    step = max(1024, min(PIECE_ROWS, VALUES_AT_ONCE // (1 + len(source.cells.columns))))
     return ((low, min(low + step, source.n_obs)) for low in range(0, source.n_obs, step))
 
 

@@ -21,8 +21,8 @@ VALUES_MULTIPLE = 1024
 MAX_SHARD_VALUES = 1 << 24
 OFFSETS_PER_CHUNK = 1 << 13  # of indptr: few enough to decode for one block of rows
 # obs columns: one chunk is what a reader of a few rows decodes, a zarr shard of them is one file
-OBS_ROWS_PER_CHUNK = 1 << 17
-OBS_CHUNKS_PER_SHARD = 8
+OBS_ROWS_PER_CHUNK = 1 << 16
+OBS_CHUNKS_PER_SHARD = 16
 OBSM_ROWS_PER_CHUNK = 1 << 13
 OBSM_ROWS_PER_SHARD = 1 << 16
 ZSTD_LEVEL = 3

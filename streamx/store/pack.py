@@ -23,7 +23,7 @@ from streamx.errors import IntegrityError, UsageError
 from streamx.store import layout
 from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame, draft_obs
-from streamx.store.encode import matrix_chunk, matrix_shard
+from streamx.store.encode import matrix_chunk, matrix_shard, offsets_shard
 from streamx.store.journal import Journal
 from streamx.store.location import Bytes, Location, ObjectTable, Put, crc32c, describe, open_location
 from streamx.store.manifest import (
@@ -352,9 +352,9 @@ class _Writer:
             draft_anndata_shell(draft, (plan.n_obs, n_vars), {"streamx": dict(self.content.uns)})
             draft_obs(draft, "obs", self.obs.rows(plan.first, plan.first + plan.n_obs))
             draft_frame(draft, "var", self.content.var)
-            draft.empty("X/indptr", plan.indptr.shape, np.int64, **layout.offset_geometry(len(plan.indptr)))[
-                ...
-            ] = plan.indptr
+            geometry = layout.offset_geometry(plan.n_obs + 1)
+            draft.empty("X/indptr", (plan.n_obs + 1,), np.int64, **geometry)
+            put("X/indptr/c/0", *offsets_shard(plan.ends, geometry["chunks"][0]))
             for name in ("indices", "data"):
                 self._array(draft, plan, name)
             for name, (features, _) in self.content.obsm.items():

@@ -11,7 +11,7 @@ import numpy as np
 
 from streamx.store.location import storage_error
 
-PIECE_ROWS = 1 << 17  # rows that are worked on at a time
+PIECE_ROWS = 1 << 16  # rows that are worked on at a time
 
 
 def new_array(path: Path | None, n: int, dtype: Any) -> np.ndarray:

@@ -7,7 +7,7 @@ rows start..stop of the result are one contiguous piece of every slab.
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -48,10 +48,10 @@ class Slab:
 
 @dataclass(frozen=True)
 class Spilled:
-    """A slab on disk: rows sorted by destination, as plain .npy files that are mapped when read.
+    """A slab on disk: rows sorted by destination, as plain arrays in files, mapped when read.
 
     `maximum` is the largest value (0 for none); `counts` says that all are integers and none is negative;
-    `first` and `last` are the destinations that it reaches over.
+    `first` and `last` are the destinations that it reaches over; `arrays` has dtype and shape of each.
     """
 
     folder: Path
@@ -59,12 +59,17 @@ class Spilled:
     counts: bool
     first: int
     last: int
+    arrays: Mapping[str, tuple[str, Sequence[int]]]
 
     def array(self, name: str) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", mmap_mode="r")
+        # no .npy: threads that parse its header at once can fail (CPython 3.11, issue 106905)
+        dtype, shape = self.arrays[name]
+        if 0 in shape:
+            return np.zeros(tuple(shape), dtype)
+        return np.memmap(self.folder / name, dtype=dtype, mode="r", shape=tuple(shape))
 
     def has(self, name: str) -> bool:
-        return (self.folder / f"{name}.npy").exists()
+        return name in self.arrays
 
 
 def spill(slabs: Sequence[Slab], journal: Journal, *, threads: int, progress: str) -> list[Spilled]:
@@ -79,7 +84,7 @@ def _spill_one(slab: Slab, journal: Journal) -> Spilled:
     done = journal.find(name)
     # another limit of memory cuts other slabs, possibly under the same key
     if done and done["rows"] == describe(rows.data) and _unharmed(folder, done["files"]):
-        return Spilled(folder, done["maximum"], done["counts"], done["first"], done["last"])
+        return Spilled(folder, **done["slab"])
     x_ng, dense = slab.read()
     order = np.argsort(rows, kind="stable")
     maximum = x_ng.data.max().item() if x_ng.nnz else 0
@@ -90,13 +95,14 @@ def _spill_one(slab: Slab, journal: Journal) -> Spilled:
     arrays |= {f"obsm.{key}": values[order] for key, values in dense.items()}
     files = {}
     for part, values in arrays.items():
-        data = npy_pieces(values)
-        journal.location.write(f"{prefix}/{part}.npy", *data)
-        files[part] = describe(*data)
-    about = {"rows": describe(rows.data), "maximum": maximum, "counts": counts, "files": files}
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8).data
+        journal.location.write(f"{prefix}/{part}", data)
+        files[part] = describe(data)
     first, last = (int(rows[order[0]]), int(rows[order[-1]])) if len(rows) else (0, -1)
-    journal.record(name, about | {"first": first, "last": last})
-    return Spilled(folder, maximum, counts, first, last)
+    about: dict[str, Any] = {"maximum": maximum, "counts": counts, "first": first, "last": last}
+    about["arrays"] = {part: (values.dtype.str, values.shape) for part, values in arrays.items()}
+    journal.record(name, {"rows": describe(rows.data), "files": files, "slab": about})
+    return Spilled(folder, **about)
 
 
 def _reordered(x_ng: sparse.csr_matrix, order: np.ndarray, dtype: np.dtype) -> dict[str, np.ndarray]:
@@ -132,7 +138,7 @@ def npy_pieces(values: np.ndarray) -> tuple[bytes, memoryview]:
 
 
 def _unharmed(folder: Path, files: ObjectTable) -> bool:
-    paths = {part: folder / f"{part}.npy" for part in files}
+    paths = {part: folder / part for part in files}
     return all(
         paths[part].is_file() and describe(np.fromfile(paths[part], dtype=np.uint8).data) == expected
         for part, expected in files.items()

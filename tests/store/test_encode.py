@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from streamx.store import layout
 from streamx.store.columns import ColumnFile
 from streamx.store.draft import Draft
-from streamx.store.encode import matrix_chunk, matrix_shard
+from streamx.store.encode import matrix_chunk, matrix_shard, offsets_shard
 from streamx.store.obs import as_obs, to_pandas
 from streamx.store.text import joined, text_of
 
@@ -40,6 +40,19 @@ def test_matrix_shards(tmp_path: Path, preset: str, dtype: str, n: int) -> None:
         for k, low in enumerate(range(0, n, shard)):
             mine = b"".join(matrix_shard(values[low : low + shard], chunk, shard // chunk, encode))
             assert mine == (tmp_path / which / "c" / str(k)).read_bytes()
+
+
+@pytest.mark.parametrize("n", [1, 5, 8192, 20_000])
+def test_offsets(tmp_path: Path, n: int) -> None:
+    ends = np.cumsum(np.random.default_rng(n).integers(0, 300, n)) + 12345
+    geometry = layout.offset_geometry(n)
+    array = zarr.create_array(
+        tmp_path / "x", shape=(n,), dtype="int64", fill_value=0, zarr_format=3,
+        config={"write_empty_chunks": True}, **geometry,
+    )  # fmt: skip
+    array[:] = ends - ends[0]
+    mine = b"".join(offsets_shard(ends, geometry["chunks"][0]))
+    assert mine == (tmp_path / "x" / "c" / "0").read_bytes()
 
 
 COLUMNS: dict[str, Any] = {
