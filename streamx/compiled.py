@@ -8,10 +8,10 @@ from typing import Any
 import numba
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function, compiled at its first call for each kind of arguments."""
+def compiled(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+    """The function, compiled at its first call for each kind of arguments; `options` are numba's."""
     try:
-        made: Any = numba.njit(nogil=True, cache=True)(function)
+        made: Any = numba.njit(nogil=True, cache=True, **options)(function)
     except RuntimeError:  # no folder for the cache: compile in every process
-        made = numba.njit(nogil=True)(function)
+        made = numba.njit(nogil=True, **options)(function)
     return made

@@ -9,11 +9,11 @@ these come from the processor's second-level cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from functools import partial
 
-import numba
 import numpy as np
+
+from streamx.compiled import compiled
 
 GENES_AT_ONCE = 256  # 1 MB of weights: half of a second-level cache
 LANES = 128  # genes per tile of the cross-entropy: 64 cells take 32 KB
@@ -26,18 +26,10 @@ _LN2_HIGH, _LN2_LOW = _F(0.693145751953125), _F(1.42860682030941723212e-6)
 # Sums may be reordered and products contracted, which a compiler does in the same way at every call; NaN and
 # infinity keep their meaning.
 _FAST = {"contract", "reassoc", "nsz", "arcp"}
+_vectorised = partial(compiled, fastmath=_FAST, error_model="numpy")  # x / 0 is infinite
 
 
-def compiled(function: Callable[..., Any]) -> Any:
-    """numba's compilation to vector instructions, without the GIL, kept on disk; x / 0 is infinite."""
-    options: dict[str, Any] = {"nogil": True, "fastmath": _FAST, "error_model": "numpy"}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # no folder for the cache: compile in every process
-        return numba.njit(**options)(function)
-
-
-@compiled
+@_vectorised
 def transpose(first_n, gene_v, value_v, first_g, cell_v, value_out_v):
     """Non-zeros by cell -> by gene, the cells of a gene ascending. ``first_g`` (n_genes + 1) is filled."""
     n_genes = first_g.size - 1
@@ -56,7 +48,7 @@ def transpose(first_n, gene_v, value_v, first_g, cell_v, value_out_v):
     first_g[0] = 0
 
 
-@compiled
+@_vectorised
 def add_rows(sum_h, table_rh, row_v, value_v, start, stop):
     """sum_h += value x row of the table, for non-zeros start..stop; eight of them per pass over the sum."""
     j = start
@@ -94,7 +86,7 @@ def add_rows(sum_h, table_rh, row_v, value_v, start, stop):
         j += 1
 
 
-@compiled
+@_vectorised
 def product(first_n, gene_v, value_v, weight_gh, bias_h, out_nh):
     """out = x W + bias. Genes in blocks, so that a block's weights are read once into the cache."""
     n, n_genes = first_n.size - 1, weight_gh.shape[0]
@@ -114,7 +106,7 @@ def product(first_n, gene_v, value_v, weight_gh, bias_h, out_nh):
             add_rows(out_nh[i], weight_gh, gene_v, value_v, start, stop)
 
 
-@compiled
+@_vectorised
 def hidden_units(first_n, gene_v, value_v, weight_kgt, code_n, scale_bh, shift_bh, out_nh):
     """relu(x W * scale + shift) with W in tiles of t units, each tile contiguous; for inference."""
     n_tiles, _, width = weight_kgt.shape
@@ -131,7 +123,7 @@ def hidden_units(first_n, gene_v, value_v, weight_kgt, code_n, scale_bh, shift_b
                 out_t[c] = _F(0) if a < 0 else a
 
 
-@compiled
+@_vectorised
 def gradient(first_g, cell_v, value_v, d_nh, out_gh):
     """out = x' d: the gradient of the weights, gene by gene."""
     for g in range(out_gh.shape[0]):
@@ -139,7 +131,7 @@ def gradient(first_g, cell_v, value_v, d_nh, out_gh):
         add_rows(out_gh[g], d_nh, cell_v, value_v, first_g[g], first_g[g + 1])
 
 
-@compiled
+@_vectorised
 def gradient_and_adam(first_g, cell_v, value_v, d_nh, weight_gh, mean_gh, square_gh, rates):
     """The same gradient used at once: a gene's weights and their two moments are read and written once.
 
@@ -152,14 +144,14 @@ def gradient_and_adam(first_g, cell_v, value_v, d_nh, weight_gh, mean_gh, square
         _adam(weight_gh[g], mean_gh[g], square_gh[g], d_h, rates)
 
 
-@compiled
+@_vectorised
 def adam(d_gh, weight_gh, mean_gh, square_gh, rates):
     """The same update by a dense gradient."""
     for g in range(weight_gh.shape[0]):
         _adam(weight_gh[g], mean_gh[g], square_gh[g], d_gh[g], rates)
 
 
-@compiled
+@_vectorised
 def _adam(weight_h, mean_h, square_h, d_h, rates):
     """Adam (Kingma 2015) with L2 weight decay added to the gradient, as in torch."""
     lr, beta1, beta2, eps, decay, correction = rates[0], rates[1], rates[2], rates[3], rates[4], rates[5]
@@ -174,7 +166,7 @@ def _adam(weight_h, mean_h, square_h, d_h, rates):
 # -- cross-entropy of normalised logits ------------------------------------------------------------------
 
 
-@compiled
+@_vectorised
 def normed_cross_entropy(
     y_ng,
     code_n,
@@ -219,7 +211,7 @@ def normed_cross_entropy(
     return total
 
 
-@compiled
+@_vectorised
 def track(running_mean_bg, running_var_bg, n_tracked_b, mean_bg, var_bg, n_b, momentum):
     """Move the running statistics of batches with several rows (unbiased variance, as torch does)."""
     for b in range(n_b.size):
@@ -230,7 +222,7 @@ def track(running_mean_bg, running_var_bg, n_tracked_b, mean_bg, var_bg, n_b, mo
             n_tracked_b[b] += 1
 
 
-@compiled
+@_vectorised
 def _approach(x_g, target_g, share, factor):
     for g in range(x_g.size):
         x_g[g] += share * (target_g[g] * factor - x_g[g])
@@ -240,7 +232,7 @@ def _approach(x_g, target_g, share, factor):
 # contiguous, and makes no vector instructions.
 
 
-@compiled
+@_vectorised
 def _centre(low, high, y_ng, code_n, n_b, mean_bg, var_bg, t_nc):
     """Means and (biased) variances per batch, and deviations from the means."""
     for i in range(y_ng.shape[0]):
@@ -252,13 +244,13 @@ def _centre(low, high, y_ng, code_n, n_b, mean_bg, var_bg, t_nc):
         _deviate(y_ng[i, low:high], mean_bg[b, low:high], _F(1) / _F(n_b[b]), t_nc[i], var_bg[b, low:high])
 
 
-@compiled
+@_vectorised
 def _add_scaled(sum_c, x_c, factor):
     for c in range(sum_c.size):
         sum_c[c] += x_c[c] * factor
 
 
-@compiled
+@_vectorised
 def _deviate(y_c, mean_c, share, t_c, var_c):
     for c in range(y_c.size):
         t = y_c[c] - mean_c[c]
@@ -266,7 +258,7 @@ def _deviate(y_c, mean_c, share, t_c, var_c):
         var_c[c] += t * t * share
 
 
-@compiled
+@_vectorised
 def _affine(low, high, n_b, weight_bg, bias_bg, var_bg, eps, inv_bc, scale_bc, shift_bc):
     """1 / sd, and what a deviation is multiplied with and shifted by."""
     for b in range(n_b.size):
@@ -281,7 +273,7 @@ def _affine(low, high, n_b, weight_bg, bias_bg, var_bg, eps, inv_bc, scale_bc, s
             inv_c[:], scale_c[:], shift_c[:] = 0, 1, 0
 
 
-@compiled
+@_vectorised
 def _entropy(low, high, t_nc, code_n, scale_bc, shift_bc, d_ng):
     """Sum of softplus(logit), and its derivative sigmoid(logit), as if all targets were 0.
 
@@ -306,13 +298,13 @@ def _entropy(low, high, t_nc, code_n, scale_bc, shift_bc, d_ng):
     return total
 
 
-@compiled
+@_vectorised
 def _multiply_add(x_c, scale_c, shift_c, out_c):
     for c in range(out_c.size):
         out_c[c] = x_c[c] * scale_c[c] + shift_c[c]
 
 
-@compiled
+@_vectorised
 def _exp_minus_abs(x_c, power_c, e_c):
     """exp(-|x|) to one or two units in the last place (polynomial of Cephes' expf); NaN stays NaN."""
     bits_c = power_c.view(np.int32)
@@ -330,7 +322,7 @@ def _exp_minus_abs(x_c, power_c, e_c):
         e_c[c] *= power_c[c]
 
 
-@compiled
+@_vectorised
 def _softplus(logit_c, e_c, above_c, product_c, sigmoid_c):
     for c in range(logit_c.size):
         q = _F(1) / (_F(1) + e_c[c])
@@ -340,7 +332,7 @@ def _softplus(logit_c, e_c, above_c, product_c, sigmoid_c):
         above_c[c] += _F(0) if logit_c[c] < 0 else logit_c[c]
 
 
-@compiled
+@_vectorised
 def _through_norm(low, high, d_ng, t_nc, code_n, n_b, inv_bc, scale_bc, dweight_bg, dbias_bg, mean_part_bc):
     """Gradients by logits -> gradients by weight, bias and input of the norm (in place)."""
     for i in range(d_ng.shape[0]):
@@ -361,14 +353,14 @@ def _through_norm(low, high, d_ng, t_nc, code_n, n_b, inv_bc, scale_bc, dweight_
             _subtract_parts(d_ng[i, low:high], t_nc[i], scale_bc[b], mean_part_bc[b], inv_bc[b])
 
 
-@compiled
+@_vectorised
 def _add_gradients(d_c, t_c, sum_c, along_c):
     for c in range(d_c.size):
         sum_c[c] += d_c[c]
         along_c[c] += d_c[c] * t_c[c]
 
 
-@compiled
+@_vectorised
 def _subtract_parts(d_c, t_c, scale_c, mean_part_c, along_c):
     for c in range(d_c.size):
         d_c[c] = d_c[c] * scale_c[c] - mean_part_c[c] - t_c[c] * along_c[c]
