@@ -199,8 +199,11 @@ class TrainConfig:
         "arithmetic of the network: float32, or on a GPU bfloat16 (weights and losses stay float32)",
         choices=("float32", "bfloat16"),
     )
-    graph: bool = option(
-        False, "on one GPU: record a step once and replay it, which spares the host launching its operations"
+    graph: str = option(
+        "auto",
+        "record a step once and replay it, which spares the host launching its operations: auto (with one "
+        "process on a GPU), on, off",
+        choices=("auto", "on", "off"),
     )
     norm: str = option(
         "matched",

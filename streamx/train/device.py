@@ -61,11 +61,16 @@ def check_device(config: TrainConfig, device: torch.device, ranks: Ranks) -> Non
     Raises
     ------
     UsageError
-        For bfloat16 on a CPU, or a recorded step anywhere but on one GPU.
+        For bfloat16 on a CPU, or a recorded step where none can be.
     """
     if config.precision == "bfloat16" and device.type == "cpu":
         raise UsageError("precision bfloat16 saves nothing on a CPU", fix="--precision float32")
-    if config.graph and (device.type != "cuda" or ranks.several or config.accumulate > 1):
+    if config.graph == "on" and not can_record(config, device, ranks):
         raise UsageError(
             "a recorded step is for one GPU, one process and no accumulation", fix="leave --graph out"
         )
+
+
+def can_record(config: TrainConfig, device: torch.device, ranks: Ranks) -> bool:
+    """Whether a step can be recorded (:class:`streamx.train.graph.RecordedStep`)."""
+    return device.type == "cuda" and not ranks.several and config.accumulate == 1

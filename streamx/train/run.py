@@ -25,10 +25,10 @@ from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference
 from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
-from streamx.store.manifest import describe, dump
+from streamx.store.manifest import MARKER, describe, dump
 from streamx.threads import thread_count
 from streamx.train.checkpoint import Throttle, find_state, restore, save_state
-from streamx.train.device import check_device, one_torch_thread, pick_device, precision_of
+from streamx.train.device import can_record, check_device, one_torch_thread, pick_device, precision_of
 from streamx.train.distributed import Ranks, together
 from streamx.train.early_stopping import EarlyStopping
 from streamx.train.feed import make_loader, training_inputs
@@ -40,9 +40,9 @@ from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, 
 log = logging.getLogger("streamx")
 
 # Settings that change how the work is done and not its result.
-_FREE = ("device", "memory", "threads", "checkpoint_seconds")
+_FREE = ("device", "graph", "memory", "threads", "checkpoint_seconds")
 # Settings that came later: models that say nothing of them have the default.
-_LATER = ("accumulate", "precision", "graph")
+_LATER = ("accumulate", "precision")
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,10 @@ def train(
     device = pick_device(config.device)
     location = open_location(output)
     fingerprint = _fingerprint(view, config, network)
+    if location.exists(MARKER):
+        raise UsageError(
+            "holds a store or view", where=str(output), fix="choose another folder for the model"
+        )
     card = read_card(location)
     if card is not None:
         return _finished(location, card, fingerprint, begun)
@@ -155,6 +159,7 @@ def _fit(run: _Run, progress: bool) -> tuple[Scalex, State, dict[str, Any], floa
     optimizer = make_optimizer(module, config.lr, config.weight_decay, ranks)
     state = _state(run, module, optimizer)
     loss, precision = named_losses(module), precision_of(config, run.device)
+    recorded = config.graph != "off" and can_record(config, run.device, ranks)
     n_minibatches = ranks.most(len(loader), run.device)
     per_epoch = -(-n_minibatches // config.accumulate)
     seen = state.epoch * n_minibatches + state.minibatch
@@ -174,7 +179,7 @@ def _fit(run: _Run, progress: bool) -> tuple[Scalex, State, dict[str, Any], floa
         n_minibatches=n_minibatches,
         accumulate=config.accumulate,
         precision=precision,
-        whole_step=RecordedStep(optimizer, loss, precision) if config.graph else None,
+        whole_step=RecordedStep(optimizer, loss, precision) if recorded else None,
         keep=keep,
         ranks=ranks,
         progress=progress and ranks.first,

@@ -238,10 +238,12 @@ def test_wrong_settings(view: Collection, tmp_path: Path) -> None:
         {"device": "tpu9"},
         {"accumulate": 0},
         {"device": "cpu", "precision": "bfloat16"},
-        {"device": "cpu", "graph": True},
+        {"device": "cpu", "graph": "on"},
     ):
         with pytest.raises(UsageError):
             train(view, tmp_path / "model", **SMALL | wrong)
+    with pytest.raises(UsageError, match="holds a store or view"):
+        train(view, view.path, **SMALL)
 
 
 def test_every_flipped_bit_is_noticed(trained: tuple[Path, TrainResult], tmp_path: Path) -> None:
