@@ -221,10 +221,14 @@ class _Dataset(torch.utils.data.IterableDataset):
             yield mb.x_ng, mb.row_n
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_inside_torch_dataloader(view: Collection, workers: int) -> None:
-    context = {"multiprocessing_context": "spawn"} if workers else {}
-    loader = torch.utils.data.DataLoader(_Dataset(view), batch_size=None, num_workers=workers, **context)
+@pytest.mark.parametrize("context", [None, "spawn", "fork"])
+def test_inside_torch_dataloader(view: Collection, context: str | None) -> None:
+    busy = iter(Loader(view, 32, **SMALL))  # a fork must not hang on what these threads hold
+    next(busy)
+    settings = {"num_workers": 2, "multiprocessing_context": context} if context else {}
+    loader = torch.utils.data.DataLoader(
+        _Dataset(view), batch_size=None, timeout=60 if context else 0, **settings
+    )
     found = {tuple(row_n.tolist()): x_ng for x_ng, row_n in loader}
     expected = list(Loader(view, 32, **SMALL))
     assert len(found) == len(expected)
