@@ -13,6 +13,7 @@ import numpy as np
 from scipy import sparse
 
 from streamx.loader.transform import ToDevice, Transform, inverse_of, ready, tensor, transformed
+from streamx.store.layout import index_dtype
 from streamx.store.matrix import Allocate
 
 OUTPUTS = ("dense", "scipy", "csr", "compact")
@@ -114,6 +115,11 @@ class Block:
             low = high
 
 
+def read_dtypes(output: str, n_genes: int) -> tuple[Any, Any]:
+    """Of indices and data as a fetch reads them: as they are delivered, or as they are stored."""
+    return (np.int32, np.float32) if output in ("scipy", "csr") else (index_dtype(n_genes), "stored")
+
+
 class Delivery:
     """How minibatches are given: settings of a loader that concern a fetch once it is read.
 
@@ -146,6 +152,15 @@ class Delivery:
             self._to_device = ToDevice(device, n_genes, transform, self.inverse_bg)
         self._templates: dict[int, sparse.csr_matrix] = {}
 
+    def finish(self, block: Block) -> Block:
+        """Transform a fetch that was read as it is delivered, in place."""
+        if self.output in ("scipy", "csr"):
+            transformed(
+                block.indptr, block.indices, block.data, self.transform, block.total_n, block.batch_n,
+                self.inverse_bg, block.data,
+            )  # fmt: skip
+        return block
+
     def make(self, block: Block, low: int, high: int) -> tuple[list[Minibatch], Callable[[], None] | None]:
         """Minibatches low..high of a block, and what to call before they are used."""
         cuts = block.cuts[low : high + 1]
@@ -172,44 +187,34 @@ class Delivery:
 
     def _made(self, block: Block, indptr: np.ndarray, columns: dict[str, Any]) -> Callable[[int, int], Any]:
         """(first row, last row) -> x_ng of a minibatch."""
+        if self.output != "dense":
+            rows = self._scipy if self.output == "scipy" else self._rows
+            return lambda a, b: rows(indptr[a : b + 1], block.indices, block.data)
         low, high = int(indptr[0]), int(indptr[-1])
-        if self.output == "compact":
-            return lambda a, b: self._rows(indptr, block.indices, block.data, 0, a, b)
         data = self.allocate(high - low, np.float32)
         transformed(
             indptr, block.indices, block.data, self.transform, columns.get("total"), columns["batch"],
             self.inverse_bg, data,
         )  # fmt: skip
-        if self.output == "dense":
-            from streamx.loader.kernels import densify
+        from streamx.loader.kernels import densify
 
-            n = len(indptr) - 1
-            x_ng = self.allocate(n * self.n_genes, np.float32).reshape(n, self.n_genes)
-            densify(indptr - low, block.indices[low:high], data, x_ng)
-            made = x_ng if self.device is None else tensor(x_ng, self.device)
-            return lambda a, b: made[a:b]
-        indices = self.allocate(high - low, np.int32)
-        indices[:] = block.indices[low:high]
-        if self.output == "csr":
-            return lambda a, b: self._rows(indptr, indices, data, low, a, b)
-        return lambda a, b: self._scipy(indptr, indices, data, low, a, b)
+        n = len(indptr) - 1
+        x_ng = self.allocate(n * self.n_genes, np.float32).reshape(n, self.n_genes)
+        densify(indptr - low, block.indices[low:high], data, x_ng)
+        made = x_ng if self.device is None else tensor(x_ng, self.device)
+        return lambda a, b: made[a:b]
 
-    def _rows(
-        self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, first: int, a: int, b: int
-    ) -> Csr:
-        low, high = int(indptr[a]), int(indptr[b])
-        values = slice(low - first, high - first)
-        return Csr(indptr[a : b + 1] - low, indices[values], data[values], self.n_genes)
+    def _rows(self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray) -> Csr:
+        values = slice(int(indptr[0]), int(indptr[-1]))
+        return Csr(indptr - indptr[0], indices[values], data[values], self.n_genes)
 
-    def _scipy(
-        self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, first: int, a: int, b: int
-    ) -> sparse.csr_matrix:
-        rows = self._rows(indptr, indices, data, first, a, b)
-        if b - a not in self._templates:  # scipy's constructor would scan all indices
-            template = sparse.csr_matrix((b - a, self.n_genes), dtype=np.float32)
+    def _scipy(self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray) -> sparse.csr_matrix:
+        n, rows = len(indptr) - 1, self._rows(indptr, indices, data)
+        if n not in self._templates:  # scipy's constructor would scan all indices
+            template = sparse.csr_matrix((n, self.n_genes), dtype=np.float32)
             template.has_sorted_indices = template.has_canonical_format = True
-            self._templates[b - a] = template
-        x_ng = copy(self._templates[b - a])
+            self._templates[n] = template
+        x_ng = copy(self._templates[n])
         x_ng.indptr, x_ng.indices, x_ng.data = rows.indptr.astype(np.int32), rows.indices, rows.data
         return x_ng
 

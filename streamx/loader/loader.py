@@ -14,13 +14,12 @@ import numpy as np
 
 from streamx.config import parse_bytes
 from streamx.errors import ResourceError, UsageError
-from streamx.loader.deliver import OUTPUTS, Block, Delivery, Minibatch
+from streamx.loader.deliver import OUTPUTS, Block, Delivery, Minibatch, read_dtypes
 from streamx.loader.plan import BLOCK_ROWS, BLOCKS_PER_FETCH, Plan, make_plan
 from streamx.loader.prefetch import Pool, prefetched
 from streamx.loader.rows import Rows, selection, to_read
 from streamx.loader.transform import Transform
 from streamx.store.collection import Collection, open_collection
-from streamx.store.layout import index_dtype
 
 TOTAL = "_streamx_total"
 # of minibatches that are made at once: they stay in the processor's cache; on a GPU few large calls count
@@ -34,7 +33,7 @@ class Budget:
     Attributes
     ----------
     fetch, fetches
-        One fetch as it waits for its turn, as it is stored; how many are held.
+        One fetch as it waits for its turn; how many are held.
     making
         What making fetches takes on top.
     group, groups
@@ -240,7 +239,7 @@ class Loader:
         row_n = position_n + rows.start if isinstance(rows, slice) else rows[position_n]
         indptr, indices, data = self._gather(ranges, order)
         bounds, code_r = self.view.batch_runs
-        return Block(
+        block = Block(
             indptr,
             indices,
             data,
@@ -250,6 +249,7 @@ class Loader:
             obsm={name: self._read_obsm(name, ranges)[order] for name in self.view.modalities},
             cuts=fetch.cuts,
         )
+        return self._delivery.finish(block)
 
     def _read_obsm(self, name: str, ranges: list[tuple[int, int]]) -> np.ndarray:
         return np.concatenate([self.view.read_obsm(name, low, high) for low, high in [(0, 0), *ranges]])
@@ -257,14 +257,14 @@ class Loader:
     def _gather(
         self, ranges: list[tuple[int, int]], order: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows as they are stored; with replacement, each is read once."""
-        genes = index_dtype(self.view.n_vars)
+        """Rows in the delivery's dtypes; with replacement, each is read once."""
+        dtypes = read_dtypes(self.output, self.view.n_vars)
         if not self._rows.repeats:
-            return self.view.gather(ranges, order, genes, "stored", self._pool)
+            return self.view.gather(ranges, order, *dtypes, self._pool)
         from streamx.loader.kernels import take_rows
 
         once, times = np.unique(order, return_inverse=True)
-        indptr, indices, data = self.view.gather(ranges, once, genes, "stored", self._pool)
+        indptr, indices, data = self.view.gather(ranges, once, *dtypes, self._pool)
         ends = np.concatenate([[0], np.cumsum(np.diff(indptr)[times])])
         taken = self._pool(int(ends[-1]), indices.dtype), self._pool(int(ends[-1]), data.dtype)
         take_rows(indptr, indices, data, times, ends, *taken)
@@ -325,13 +325,14 @@ class Loader:
 
     @property
     def _per_row(self) -> tuple[int, int]:
-        """Bytes of a row as it is stored, and as it is delivered; on average."""
+        """Bytes of a row as it is read, and as it is made from that; on average."""
         view = self.view
         nnz = -(-view.nnz // max(view.n_obs, 1))
         width = 4 * sum(len(m["names"]) for m in view.modalities.values()) + 28
-        stored = nnz * (index_dtype(view.n_vars).itemsize + view.value_dtype.itemsize)
-        made = {"dense": 4 * view.n_vars, "compact": 0}.get(self.output, 8 * nnz)
-        return stored + width, made + width
+        genes, values = read_dtypes(self.output, view.n_vars)
+        values = view.value_dtype if values == "stored" else values
+        read = nnz * (np.dtype(genes).itemsize + np.dtype(values).itemsize)
+        return read + width, (4 * view.n_vars if self.output == "dense" else 0) + width
 
     @property
     def _group_rows(self) -> int:
@@ -341,15 +342,15 @@ class Loader:
     def _needed(self, blocks_per_fetch: int) -> Budget:
         """Memory with fetches of so many blocks."""
         plan = replace(self._make_plan(self.epoch), fetch_rows=self.block_rows * blocks_per_fetch)
-        stored, made = self._per_row
+        read, made = self._per_row
         rows, ahead = plan.max_fetch_rows, self.prefetch + 1
         group_rows = min(max(self.minibatch_size, self._group_rows), rows)
         kept = 0 if isinstance(self._rows.chosen, slice) and self._rows.weight_n is None else 16 * self.n_rows
         kept += sum(0 if a is None else a.nbytes for a in (self._total_n, self._strata_n))
         return Budget(
-            fetch=rows * stored,
+            fetch=rows * read,
             fetches=min(ahead + 1, plan.n_fetches),  # one more is being taken apart
-            making=rows * (stored + 48) * max(1, min(self.threads, self.prefetch)),
+            making=rows * (read + 48) * max(1, min(self.threads, self.prefetch)),
             group=group_rows * made,
             groups=min(ahead, plan.n_fetches * -(-rows // max(group_rows, 1))),
             rows=kept,

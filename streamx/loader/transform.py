@@ -102,7 +102,8 @@ def transformed(
         float32, one value for each of the rows' stored ones; may be `data` itself.
     """
     if transform == Transform():
-        out[:] = data[indptr[0] : indptr[-1]]
+        if out is not data:
+            out[:] = data[indptr[0] : indptr[-1]]
         return
     from streamx.loader.kernels import transform_rows
 
