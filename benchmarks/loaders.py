@@ -20,6 +20,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -84,13 +85,16 @@ def has(package: str) -> bool:
 
 
 def ours(store: Collection, output: str, **settings: Any) -> Make:
-    return lambda size, seed: (mb.x_ng for mb in Loader(store, size, output=output, seed=seed, **settings))
+    """One loader for all epochs, as in training."""
+    made = lru_cache(None)(lambda size: Loader(store, size, output=output, **settings))
+    return lambda size, seed: (mb.x_ng for mb in made(size).at(seed))
 
 
 def annbatch(path: Path, *, dense: bool, native: bool = True) -> Make:
     """annbatch with its defaults (512 rows x 32), over its own store or over a shard of ours."""
 
-    def make(size: int, seed: int) -> Iterator[Any]:
+    @lru_cache(None)
+    def made(size: int) -> Any:
         import zarr
         from annbatch import DatasetCollection
         from annbatch import Loader as AnnbatchLoader
@@ -98,18 +102,17 @@ def annbatch(path: Path, *, dense: bool, native: bool = True) -> Make:
         zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline"})  # its own advice
         loader = AnnbatchLoader(
             shuffle=True, chunk_size=512, preload_nchunks=32, batch_size=size,
-            rng=np.random.default_rng(seed), to=None,
+            rng=np.random.default_rng(0), to=None,
         )  # fmt: skip
         if native:
-            loader = loader.use_collection(DatasetCollection(path, mode="r"))
-        else:
-            import anndata as ad
+            return loader.use_collection(DatasetCollection(path, mode="r"))
+        import anndata as ad
 
-            shards = sorted((path / "shards").iterdir())
-            loader = loader.add_datasets(
-                [ad.io.sparse_dataset(zarr.open_group(s, mode="r")["X"]) for s in shards]
-            )
-        for found in loader:
+        shards = [zarr.open_group(shard, mode="r")["X"] for shard in sorted((path / "shards").iterdir())]
+        return loader.add_datasets([ad.io.sparse_dataset(shard) for shard in shards])
+
+    def make(size: int, seed: int) -> Iterator[Any]:
+        for found in made(size):
             x_ng = found["X"]
             yield x_ng.toarray() if dense else x_ng
 
