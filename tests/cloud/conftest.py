@@ -8,10 +8,8 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 from faults import Proxy
-from moto.server import ThreadedMotoServer
 
 from streamx.store import draft, layout
 from streamx.store.bucket import Bucket
@@ -20,6 +18,9 @@ from streamx.store.bucket import Bucket
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """URL of the server, which has one bucket, `cells`."""
+    import boto3  # here: the environment of the peers has neither, and collects these tests too
+    from moto.server import ThreadedMotoServer
+
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line per request
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
