@@ -49,3 +49,17 @@ def fixtures_dir() -> Path:
 def golden() -> Path:
     """Small numeric fixtures that travel with the tests."""
     return Path(__file__).parent / "data"
+
+
+@pytest.fixture
+def tiny_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many chunks in small data: of 8 values, 3 in a zarr shard; of 7 row offsets, 13 rows of obs, 4 of obsm."""
+    from streamx.store import draft, layout
+
+    monkeypatch.setattr(layout, "ROWS_PER_CHUNK", 2)
+    monkeypatch.setattr(layout, "VALUES_MULTIPLE", 8)
+    monkeypatch.setattr(layout, "CHUNKS_PER_SHARD", 3)
+    monkeypatch.setattr(layout, "OFFSETS_PER_CHUNK", 7)
+    monkeypatch.setattr(draft, "OBS_ROWS_PER_CHUNK", 13)
+    monkeypatch.setattr(draft, "OBSM_ROWS_PER_CHUNK", 4)
+    monkeypatch.setattr(draft, "OBSM_ROWS_PER_SHARD", 12)

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from faults import Proxy
 
-from streamx.store import draft, layout
 from streamx.store.bucket import Bucket
 
 
@@ -65,12 +64,3 @@ def bucket(url: str) -> Callable[..., Bucket]:
         return Bucket(f"{url}/{name}", **options)
 
     return make
-
-
-@pytest.fixture
-def tiny_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of 8 values in zarr shards of 3 chunks; obs in chunks of 13 rows."""
-    monkeypatch.setattr(layout, "ROWS_PER_CHUNK", 2)
-    monkeypatch.setattr(layout, "VALUES_MULTIPLE", 8)
-    monkeypatch.setattr(layout, "CHUNKS_PER_SHARD", 3)
-    monkeypatch.setattr(draft, "OBS_ROWS_PER_CHUNK", 13)

@@ -45,17 +45,8 @@ def store(path: Path, x_ng: sparse.csr_matrix, preset: str, kind: str) -> Collec
     return write_part(path, slabs, content, preset=preset, shard_rows=401)
 
 
-@pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks and zarr shards of few rows: rows that straddle both, and padded edges."""
-    monkeypatch.setattr(layout, "ROWS_PER_CHUNK", 5)
-    monkeypatch.setattr(layout, "VALUES_MULTIPLE", 64)
-    monkeypatch.setattr(layout, "CHUNKS_PER_SHARD", 7)
-    monkeypatch.setattr(layout, "OFFSETS_PER_CHUNK", 13)
-
-
 @pytest.mark.filterwarnings("ignore:Numcodecs codecs are not in the Zarr")
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("tiny_geometry")
 @pytest.mark.parametrize("preset", list(layout.PRESETS))
 @pytest.mark.parametrize(
     ("n_genes", "high", "kind"),
@@ -100,7 +91,7 @@ def test_every_row_of_every_layout(
     assert found.batch_runs[0].tolist() == [0, 400, N]
 
 
-@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.usefixtures("tiny_geometry")
 def test_checksums_are_off_only_when_asked(tmp_path: Path) -> None:
     """Uncompressed, so that a changed byte can be read at all."""
     x_ng = matrix(90, 200, "count")
