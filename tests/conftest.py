@@ -53,7 +53,7 @@ def golden() -> Path:
 
 @pytest.fixture
 def tiny_geometry(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Many chunks in small data: of 8 values, 3 in a zarr shard; of 7 row offsets, 13 rows of obs, 4 of obsm."""
+    """Many chunks in small data: of 8 values, 3 in a zarr shard; 7 row offsets, 13 rows of obs, 4 of obsm."""
     from streamx.store import draft, layout
 
     monkeypatch.setattr(layout, "ROWS_PER_CHUNK", 2)

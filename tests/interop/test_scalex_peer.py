@@ -145,7 +145,7 @@ def test_training_steps(
     totals = []
     for rows, noise_nk in zip(steps, noise, strict=True):
         loss = ours.loss(x_ng[rows], batch_n[rows], noise_nk)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.total.backward()
         optimizer.step()
         totals.append(float(loss.total))
@@ -156,7 +156,9 @@ def test_training_steps(
     for name, value in expected.items():
         # a bias in front of a batch norm cancels: its gradient is rounding, which Adam makes steps of
         cancels = name in ("encoder.hidden.bias", "decoder.out.bias") or name.endswith("running_mean")
-        np.testing.assert_allclose(found[name], value, atol=5e-4 if cancels else 1e-6, err_msg=name)
+        # float32 over 25 steps, sums in another order than torch's: 1e-5 of the value, as for the network
+        limits = {"atol": 5e-4} if cancels else {"atol": 1e-6, "rtol": 1e-5}
+        np.testing.assert_allclose(found[name], value, err_msg=name, **limits)
     with torch.no_grad():
         latent = ours.encoder(x_ng)[0]
         expected_latent = vae.encoder.mu_enc(vae.encoder.enc(x_ng))
