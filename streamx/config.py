@@ -239,6 +239,7 @@ def _defaults(name: str) -> str:
 
 @dataclass(frozen=True)
 class TrainConfig:
+    # Typed as they are once `train` has filled in what was left out.
     model: str = option("scalex", "which model", choices=tuple(TRAINING))
     label_key: str | None = option(None, "obs column with labels (scanvi; scvi with dispersion gene-label)")
     unlabeled: str = option("Unknown", "label that means none (missing ones always do)")
@@ -257,12 +258,12 @@ class TrainConfig:
     max_epochs: int | None = option(
         None, "epochs (default: totalvi, trvae 400; scvi, scanvi by size: 400 up to 20,000 cells)", least=1
     )
-    lr: float | None = option(None, f"learning rate of Adam ({_defaults('lr')})")
+    lr: float = option(None, f"learning rate of Adam ({_defaults('lr')})")
     eps: float | None = option(None, "eps of Adam (count models; default: 0.01)")
-    weight_decay: float | None = option(None, f"weight decay of Adam (L2) ({_defaults('weight_decay')})")
-    minibatch_size: int | None = option(None, f"cells per minibatch ({_defaults('minibatch_size')})")
+    weight_decay: float = option(None, f"weight decay of Adam (L2) ({_defaults('weight_decay')})")
+    minibatch_size: int = option(None, f"cells per minibatch ({_defaults('minibatch_size')})")
     accumulate: int = option(1, "minibatches per step; a step follows their mean gradient")
-    patience: int | None = option(
+    patience: int = option(
         None,
         "stop after this many epochs without a lower loss, and restore the best epoch; 0: train all epochs, "
         f"keep the last ({_defaults('patience')}). Count models go by the validation cells' loss",

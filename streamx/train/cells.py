@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ def label_codes(column: pd.Series, labels: Sequence[str], unlabeled: str | None)
     """int32 codes of labels; -1 for missing ones, ``unlabeled`` and names that are no label of the model."""
     names = column.astype("object").where(column.notna(), None)
     position = {name: code for code, name in enumerate(labels) if name != unlabeled}
-    return np.array([position.get(None if name is None else str(name), -1) for name in names], np.int32)
+    return np.array([-1 if name is None else position.get(str(name), -1) for name in names], np.int32)
 
 
 def category_codes(column: pd.Series, names: Sequence[str], *, key: str, where: str) -> np.ndarray:
@@ -148,9 +147,5 @@ def columns_of(view: Collection, schema: Schema, device: torch.device) -> Column
 
 def names_in(column: pd.Series, *, without: str | None = None) -> tuple[str, ...]:
     """Values of a column as sorted names, without missing ones."""
-    values: Any = column.cat.categories if isinstance(column.dtype, pd.CategoricalDtype) else column.unique()
-    present = (
-        column.dropna().astype("object").unique() if isinstance(column.dtype, pd.CategoricalDtype) else values
-    )
-    names = {str(value) for value in present if not pd.isna(value)}
-    return tuple(sorted(names - ({without} if without else set())))
+    present = column.dropna().astype("object").unique()
+    return tuple(sorted({str(value) for value in present} - {without}))

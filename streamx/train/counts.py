@@ -1,4 +1,4 @@
-"""The count models (scVI, scANVI, totalVI, trVAE) on the engine: minibatches, losses, latents of the reference."""
+"""The count models (scVI, scANVI, totalVI, trVAE) on the engine: their minibatches, losses and latents."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamx.config import TrainConfig
 from streamx.errors import BadValuesError, UsageError
@@ -24,6 +24,7 @@ from streamx.train.fit import seed_of
 from streamx.train.task import Finished, Run, Task
 
 ROWS = 4096  # per minibatch where its size does not matter
+LN_DRAWS = 5000  # of a logistic-normal latent
 
 
 def schema_of(view: Collection, config: TrainConfig) -> Schema:
@@ -73,13 +74,18 @@ def prepare(run: Run) -> Task:
     return task_of(run, module)
 
 
-def task_of(run: Run, module: nn.Module) -> Task:
+def task_of(run: Run, module: Any) -> Task:
     """A network, and the minibatches to train it with."""
     view, config, ranks = run.view, run.config, run.ranks
     columns = columns_of(view, run.schema, run.device)
     parts = _parts(view.n_obs, config)
-    options = {"device": run.device, "transform": False, "sparse": takes_rows(module), **run.reading}
-    sampling = {"weights": "balanced"} if config.sampling == "balanced" else {}
+    options: dict[str, Any] = {
+        "device": run.device,
+        "transform": False,
+        "sparse": takes_rows(module),
+        **run.reading,
+    }
+    sampling: dict[str, Any] = {"weights": "balanced"} if config.sampling == "balanced" else {}
     training = make_loader(
         view,
         config.minibatch_size,
@@ -119,7 +125,7 @@ def task_of(run: Run, module: nn.Module) -> Task:
     return Task(module, minibatches, module.loss, len(training), validation)
 
 
-def takes_rows(module: nn.Module) -> bool:
+def takes_rows(module: Any) -> bool:
     """Whether the model takes sparse rows on the CPU."""
     return bool(getattr(module, "takes_rows", False))
 
@@ -198,7 +204,7 @@ class _Validation:
     """(epoch) -> sums of the losses over the validation cells, KL divergence in full; and their number."""
 
     def __init__(
-        self, module: nn.Module, loader: Loader, columns: Columns, seed: int, device: torch.device
+        self, module: Any, loader: Loader, columns: Columns, seed: int, device: torch.device
     ) -> None:
         self.module, self.loader, self.columns = module, loader, columns
         self.seed, self.device = seed, device
@@ -216,7 +222,7 @@ class _Validation:
         return sums, n
 
 
-def finish(run: Run, module: nn.Module) -> Finished:
+def finish(run: Run, module: Any) -> Finished:
     """Latents of the reference."""
     columns = columns_of(run.view, run.schema, run.device)
     return Finished(latents(module, run.view, columns, device=run.device, **run.reading))
@@ -224,7 +230,7 @@ def finish(run: Run, module: nn.Module) -> Finished:
 
 @torch.no_grad()
 def latents(
-    module: nn.Module, view: Collection, columns: Columns, *, device: torch.device, **options: Any
+    module: Any, view: Collection, columns: Columns, *, device: torch.device, **options: Any
 ) -> np.ndarray:
     """Means of q(z|x) of all cells of a view, float32 (n_cells, n_latent), in row order."""
     loader = make_loader(
@@ -236,9 +242,25 @@ def latents(
         sparse=takes_rows(module),
         **options,
     )
-    z_nk = np.empty((view.n_obs, module.config.n_latent), np.float32)
-    start = 0
+    z_nk, start = np.empty((view.n_obs, module.n_latent), np.float32), 0
     for minibatch in loader.at(0):
-        z_nk[start : start + len(minibatch)] = module.latent(columns.cells(minibatch)).cpu().numpy()
+        z_nk[start : start + len(minibatch)] = latent_of(module, columns.cells(minibatch)).cpu().numpy()
         start += len(minibatch)
     return z_nk
+
+
+def latent_of(module: Any, cells: Cells) -> Tensor:
+    """The latents of a minibatch: means of q(z|x), (n, n_latent).
+
+    Of a logistic-normal latent the mean of its softmax, over 5,000 draws that are the same for every cell, so
+    that a cell's latent does not depend on its neighbours (scvi-tools draws anew).
+    """
+    mean_nk, var_nk = module.encode(cells)[:2]
+    if getattr(module.config, "latent_distribution", "normal") == "normal":
+        return mean_nk
+    generator = torch.Generator(mean_nk.device).manual_seed(0)
+    sum_nk = torch.zeros_like(mean_nk)
+    for _ in range(LN_DRAWS):
+        noise_k = torch.randn(mean_nk.shape[1], generator=generator, device=mean_nk.device)
+        sum_nk += torch.softmax(torch.addcmul(mean_nk, var_nk.sqrt(), noise_k), -1)
+    return sum_nk / LN_DRAWS

@@ -56,6 +56,7 @@ def finish(run: Run, module: Scalex) -> Finished:
     view, config, options = run.view, run.config, run.reading
     stats = view_stats(module, view, **options)
     clusters, moves = match_reference(module, view, seed=config.seed, **options)
+    assert config.norm is not None
     z_nk = latents(module, view, config.norm, stats, moves, seed=config.seed, **options)
     mean_h, var_h = stats.pooled()
     tables = {

@@ -138,11 +138,10 @@ def test_training_steps(
     stopping.early_stop = False  # type: ignore[attr-defined]
     loader = [(x_ng[rows], batch_n[rows], rows) for rows in steps]
     vae.train()
-    vae.fit(
-        loader, lr=TRAINING["scalex"]["lr"], max_iteration=len(steps), early_stopping=stopping, device="cpu"
-    )
+    lr, weight_decay = TRAINING["scalex"]["lr"], TRAINING["scalex"]["weight_decay"]
+    vae.fit(loader, lr=lr, max_iteration=len(steps), early_stopping=stopping, device="cpu")
 
-    optimizer = make_optimizer(ours, TRAINING["scalex"]["lr"], TRAINING["scalex"]["weight_decay"])
+    optimizer = make_optimizer(ours, lr, weight_decay)
     ours.train()
     totals = []
     for rows, noise_nk in zip(steps, noise, strict=True):
