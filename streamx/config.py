@@ -238,6 +238,35 @@ def _defaults(name: str) -> str:
 
 
 @dataclass(frozen=True)
+class ScviConfig:
+    """scVI: network and loss (Lopez 2018; names and defaults as scvi-tools documents them)."""
+
+    n_hidden: int = option(128, "units of each hidden layer", least=1)
+    n_latent: int = option(10, "dimensions of the latent", least=1)
+    n_layers: int = option(1, "hidden layers of the encoder and of the decoder", least=1)
+    dropout_rate: float = option(0.1, "share of the encoder's units dropped while training", least=0)
+    dispersion: str = option(
+        "gene",
+        "inverse dispersion: one per gene, per gene and batch, per gene and label, or for each value",
+        choices=("gene", "gene-batch", "gene-label", "gene-cell"),
+    )
+    gene_likelihood: str = option("zinb", "distribution of the counts", choices=("zinb", "nb", "poisson"))
+    latent_distribution: str = option(
+        "normal", "latent: normal, or its softmax (ln)", choices=("normal", "ln")
+    )
+    log_variational: bool = option(True, "the encoder sees ln(1 + x)")
+    encode_covariates: bool = option(False, "the encoder sees the batch and the covariates too")
+    deeply_inject_covariates: bool = option(True, "covariates enter every layer, not the first alone")
+    use_batch_norm: str = option(
+        "both", "where batch norm is", choices=("both", "encoder", "decoder", "none")
+    )
+    use_layer_norm: str = option(
+        "none", "where layer norm is", choices=("both", "encoder", "decoder", "none")
+    )
+    use_observed_lib_size: bool = option(True, "a cell's library size is its sum, not a latent variable")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     # Typed as they are once `train` has filled in what was left out.
     model: str = option("scalex", "which model", choices=tuple(TRAINING))
