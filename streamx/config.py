@@ -212,6 +212,22 @@ class ScviConfig:
 
 
 @dataclass(frozen=True)
+class FreezeConfig:
+    """What stays as it is while a reference model learns new batches (scArches; defaults as scvi-tools')."""
+
+    unfrozen: bool = option(False, "nothing stays: all weights move, whatever the other options say")
+    freeze_dropout: bool = option(False, "no dropout while training")
+    freeze_expression: bool = option(True, "the encoder's weights on genes stay")
+    freeze_decoder_first_layer: bool = option(True, "the decoder's first layer stays")
+    freeze_batchnorm_encoder: bool = option(True, "the encoder's batch norms stay")
+    freeze_batchnorm_decoder: bool = option(False, "the decoder's batch norms stay")
+    freeze_classifier: bool = option(True, "the classifier of labels stays (scANVI)")
+    freeze_dispersion: bool = option(
+        False, "a new batch's dispersion stays as drawn, as in scvi-tools (gene-batch only)"
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     model: str = option("scalex", "which model", choices=("scalex",))
     max_iteration: int = option(30_000, "training steps; epochs = ceil(max_iteration / steps per epoch)")
