@@ -318,6 +318,19 @@ class TotalviConfig:
 
 
 @dataclass(frozen=True)
+class ScanviConfig:
+    """scANVI: what it adds to scVI (Xu 2021; names and defaults as scvi-tools documents them)."""
+
+    linear_classifier: bool = option(False, "the classifier of labels is a single linear layer")
+    classification_ratio: float = option(50.0, "weight of the classification in the loss", least=0)
+    logits: bool = option(
+        True,
+        "the classifier gives logits; without, as before scvi-tools 1.1, the cross-entropy takes the softmax "
+        "of probabilities",
+    )
+
+
+@dataclass(frozen=True)
 class DifferentialConfig:
     """Differential expression by a model (Lopez 2018, Boyeau 2019; defaults as documented)."""
 
@@ -351,6 +364,21 @@ class DifferentialConfig:
     )
     batch_correction: bool = option(False, "decode the cells of both groups as the same batches")
     seed: int = option(0, "seed of draws and pairs", least=0)
+
+
+class FreezeConfig:
+    """What stays as it is while a reference model learns new batches (scArches; defaults as scvi-tools')."""
+
+    unfrozen: bool = option(False, "nothing stays: all weights move, whatever the other options say")
+    freeze_dropout: bool = option(False, "no dropout while training")
+    freeze_expression: bool = option(True, "the encoder's weights on genes stay")
+    freeze_decoder_first_layer: bool = option(True, "the decoder's first layer stays")
+    freeze_batchnorm_encoder: bool = option(True, "the encoder's batch norms stay")
+    freeze_batchnorm_decoder: bool = option(False, "the decoder's batch norms stay")
+    freeze_classifier: bool = option(True, "the classifier of labels stays (scANVI)")
+    freeze_dispersion: bool = option(
+        False, "a new batch's dispersion stays as drawn, as in scvi-tools (gene-batch only)"
+    )
 
 
 @dataclass(frozen=True)

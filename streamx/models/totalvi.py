@@ -139,6 +139,28 @@ class Totalvi(nn.Module):
         self.register_buffer("library_mean_b", torch.as_tensor(np.array(library_b[0], np.float32)))
         self.register_buffer("library_var_b", torch.as_tensor(np.array(library_b[1], np.float32)))
 
+    def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
+        """The values of one batch more in a table, as they are at the beginning; all its proteins measured.
+
+        Raises
+        ------
+        ValueError
+            For the prior of the library size, which comes from cells.
+        """
+        if name == "log_theta_gb":
+            return torch.randn((self.n_genes,), generator=generator)
+        if name == "log_theta_pb":
+            return 2 * torch.rand((self.n_proteins,), generator=generator)
+        constant = {
+            "background_mean_pb": _BACKGROUND[0],
+            "background_log_sd_pb": math.log(_BACKGROUND[1]),
+            "log_efficiency_pb": 0.0,
+            "measured_bp": 1.0,
+        }
+        if name not in constant:
+            raise ValueError(f"a new batch's {name} must be given")
+        return torch.full((self.n_proteins,), constant[name])
+
     # -- q(z, l | x, y) ------------------------------------------------------------------------------------
 
     def measured(self, cells: Cells, measured_p: Tensor | None = None) -> Tensor:
