@@ -366,6 +366,7 @@ class DifferentialConfig:
     seed: int = option(0, "seed of draws and pairs", least=0)
 
 
+@dataclass(frozen=True)
 class FreezeConfig:
     """What stays as it is while a reference model learns new batches (scArches; defaults as scvi-tools')."""
 
