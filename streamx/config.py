@@ -187,6 +187,7 @@ class ScalexConfig:
 TRAINING: dict[str, dict[str, Any]] = {
     "scalex": {
         "max_iteration": 30_000,
+        "max_epochs": None,
         "minibatch_size": 64,
         "lr": 2e-4,
         "weight_decay": 5e-4,
@@ -194,6 +195,8 @@ TRAINING: dict[str, dict[str, Any]] = {
         "norm": "matched",
     },
     "scvi": {
+        "max_iteration": None,
+        "max_epochs": None,  # by size
         "minibatch_size": 128,
         "lr": 1e-3,
         "eps": 0.01,
@@ -204,6 +207,7 @@ TRAINING: dict[str, dict[str, Any]] = {
         "lr_factor": 0.5,
         "train_size": 0.9,
         "warmup_epochs": 400,
+        "warmup_steps": None,
         "sampling": "shuffled",
     },
 }
@@ -342,6 +346,10 @@ class TrainConfig:
     )
     memory: str = option("4GB", "memory that the loader may use")
     threads: int = option(0, "threads that read ahead (0: one per core); training itself uses one", least=0)
+
+
+# The settings of each model's network.
+NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig}
 
 
 @dataclass(frozen=True)

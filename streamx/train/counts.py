@@ -17,7 +17,7 @@ from streamx.loader.rows import split
 from streamx.models.cells import Cells
 from streamx.schema import Schema
 from streamx.store.collection import Collection
-from streamx.train.build import build_module
+from streamx.train.build import TAKES_ROWS, build_module, n_latent_of
 from streamx.train.cells import Columns, columns_of, names_in
 from streamx.train.feed import make_loader
 from streamx.train.fit import seed_of
@@ -37,7 +37,7 @@ def schema_of(view: Collection, config: TrainConfig) -> Schema:
     BadValuesError
         If the view holds no counts.
     """
-    if view.value_dtype.kind == "f":
+    if view.value_dtype.kind == "f" and (view.read(0, min(ROWS, view.n_obs)).data % 1).any():
         raise BadValuesError(
             "holds values that are no counts", where=str(view.path), fix=f"{config.model} models raw counts"
         )
@@ -70,8 +70,29 @@ def schema_of(view: Collection, config: TrainConfig) -> Schema:
 def prepare(run: Run) -> Task:
     """A new network, and its minibatches from the view."""
     generator = torch.Generator().manual_seed(seed_of(run.config.seed, 0))
-    module = build_module(run.config.model, run.schema, run.network, generator).to(run.device)
-    return task_of(run, module)
+    library_b = None if getattr(run.network, "use_observed_lib_size", True) else log_library(run.view)
+    module = build_module(run.config.model, run.schema, run.network, generator, library_b)
+    return task_of(run, module.to(run.device))
+
+
+def log_library(view: Collection, rows: int = 65_536) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and (population) variance of ln(sum) of the cells of each batch, float64 (n_batches,) each.
+
+    The sum is over the view's genes; cells without counts are left out.
+    """
+    n_batches = max(1, len(view.batches))
+    n_b, sum_b, square_b = np.zeros((3, n_batches))
+    bounds, code_r = view.batch_runs
+    for low, high in view.iter_rows(rows):
+        sum_n = np.asarray(view.read(low, high).sum(1, dtype=np.float64)).ravel()
+        code_n = code_r[np.searchsorted(bounds, np.arange(low, high), side="right") - 1]
+        there = (sum_n > 0) & (code_n >= 0)
+        log_n, code_n = np.log(sum_n[there]), code_n[there]
+        n_b += np.bincount(code_n, minlength=n_batches)
+        sum_b += np.bincount(code_n, log_n, n_batches)
+        square_b += np.bincount(code_n, log_n**2, n_batches)
+    mean_b = sum_b / np.maximum(n_b, 1)
+    return mean_b, np.maximum(square_b / np.maximum(n_b, 1) - mean_b**2, 1e-8)
 
 
 def task_of(run: Run, module: Any) -> Task:
@@ -82,7 +103,7 @@ def task_of(run: Run, module: Any) -> Task:
     options: dict[str, Any] = {
         "device": run.device,
         "transform": False,
-        "sparse": takes_rows(module),
+        "sparse": config.model in TAKES_ROWS,
         **run.reading,
     }
     sampling: dict[str, Any] = {"weights": "balanced"} if config.sampling == "balanced" else {}
@@ -123,11 +144,6 @@ def task_of(run: Run, module: Any) -> Task:
         )
         validation = _Validation(module, others, columns, config.seed, run.device)
     return Task(module, minibatches, module.loss, len(training), validation)
-
-
-def takes_rows(module: Any) -> bool:
-    """Whether the model takes sparse rows on the CPU."""
-    return bool(getattr(module, "takes_rows", False))
 
 
 def _parts(n: int, config: TrainConfig) -> dict[str, np.ndarray | None]:
@@ -225,24 +241,18 @@ class _Validation:
 def finish(run: Run, module: Any) -> Finished:
     """Latents of the reference."""
     columns = columns_of(run.view, run.schema, run.device)
-    return Finished(latents(module, run.view, columns, device=run.device, **run.reading))
+    options = {"device": run.device, "sparse": run.config.model in TAKES_ROWS, **run.reading}
+    return Finished(latents(module, run.view, columns, **options))
 
 
 @torch.no_grad()
-def latents(
-    module: Any, view: Collection, columns: Columns, *, device: torch.device, **options: Any
-) -> np.ndarray:
-    """Means of q(z|x) of all cells of a view, float32 (n_cells, n_latent), in row order."""
-    loader = make_loader(
-        view,
-        ROWS,
-        device=device,
-        order="sequential",
-        transform=False,
-        sparse=takes_rows(module),
-        **options,
-    )
-    z_nk, start = np.empty((view.n_obs, module.n_latent), np.float32), 0
+def latents(module: Any, view: Collection, columns: Columns, **options: Any) -> np.ndarray:
+    """Means of q(z|x) of all cells of a view, float32 (n_cells, n_latent), in row order.
+
+    ``options``: of :func:`streamx.train.feed.make_loader`.
+    """
+    loader = make_loader(view, ROWS, order="sequential", transform=False, **options)
+    z_nk, start = np.empty((view.n_obs, n_latent_of(module.config)), np.float32), 0
     for minibatch in loader.at(0):
         z_nk[start : start + len(minibatch)] = latent_of(module, columns.cells(minibatch)).cpu().numpy()
         start += len(minibatch)
