@@ -230,7 +230,14 @@ TRAINING["trvae"] = TRAINING["scvi"] | {
     "warmup_epochs": 0,
     "sampling": "balanced",
 }
-BY_MODEL = "default: by model"
+# What scArches sets so that a reference can be extended by surgery (scvi, scanvi).
+ARCHES: dict[str, Any] = {
+    "n_layers": 2,
+    "encode_covariates": True,
+    "deeply_inject_covariates": False,
+    "use_layer_norm": "both",
+    "use_batch_norm": "none",
+}
 
 
 def _defaults(name: str) -> str:
@@ -271,6 +278,22 @@ class ScviConfig:
 
 
 @dataclass(frozen=True)
+class FreezeConfig:
+    """What stays as it is while a reference model learns new batches (scArches; defaults as scvi-tools')."""
+
+    unfrozen: bool = option(False, "nothing stays: all weights move, whatever the other options say")
+    freeze_dropout: bool = option(False, "no dropout while training")
+    freeze_expression: bool = option(True, "the encoder's weights on genes stay")
+    freeze_decoder_first_layer: bool = option(True, "the decoder's first layer stays")
+    freeze_batchnorm_encoder: bool = option(True, "the encoder's batch norms stay")
+    freeze_batchnorm_decoder: bool = option(False, "the decoder's batch norms stay")
+    freeze_classifier: bool = option(True, "the classifier of labels stays (scANVI)")
+    freeze_dispersion: bool = option(
+        False, "a new batch's dispersion stays as drawn, as in scvi-tools (gene-batch only)"
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     # Typed as they are once `train` has filled in what was left out.
     model: str = option("scalex", "which model", choices=tuple(TRAINING))
@@ -279,6 +302,11 @@ class TrainConfig:
     category_keys: tuple[str, ...] = option((), "further categorical covariates: obs columns", many=True)
     continuous_keys: tuple[str, ...] = option((), "continuous covariates: obs columns", many=True)
     protein_key: str = option("protein_expression", "obsm matrix of protein counts (totalvi)")
+    arches: bool = option(
+        False,
+        "scArches' settings of the network, for references that surgery extends: two layers, layer norm, "
+        "the encoder sees the batch (scvi, scanvi)",
+    )
     init: str | None = option(
         None, "a model to begin from: scanvi from a trained scvi, any model from one of its own kind"
     )

@@ -25,10 +25,8 @@ def run(args: argparse.Namespace) -> Result:
 VERB = Verb(
     name="train",
     help="train a reference model on a view; run again, it goes on from its last checkpoint",
-    example="""\
-  streamx train view -o model --max-iteration 10000
-  streamx train view -o model --model scvi --n-layers 2 --encode-covariates --no-deeply-inject-covariates \\
-      --use-layer-norm both --use-batch-norm none   # as scArches sets it, for surgery""",
+    example="  streamx train view -o model --max-iteration 10000\n"
+    "  streamx train view -o model --model scvi --arches",
     add_arguments=add_arguments,
     run=run,
     measured=True,

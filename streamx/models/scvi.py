@@ -158,6 +158,18 @@ class Scvi(nn.Module):
         )
         return Encoder(stack, config.n_hidden, n_out, generator)
 
+    def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
+        """ln theta (n_genes,) of one batch more, as it is drawn at the beginning.
+
+        Raises
+        ------
+        ValueError
+            For the prior of the library size, which comes from cells.
+        """
+        if name != "log_theta_gb":
+            raise ValueError(f"a new batch's {name} must be given")
+        return torch.randn((self.n_genes,), generator=generator)
+
     # -- q(z, l | x) ---------------------------------------------------------------------------------------
 
     def _encoded(

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import streamx
-from streamx.config import TRAINING, TrainConfig, build
+from streamx.config import ARCHES, TRAINING, TrainConfig, build
 from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, UsageError, warn
 from streamx.schema import Schema
 from streamx.store.collection import Collection, open_collection
@@ -43,7 +43,7 @@ _FREE = ("device", "graph", "memory", "threads", "checkpoint_seconds")
 _SOME_MODELS = {name for values in TRAINING.values() for name in values}
 _POSITIVE = ("minibatch_size", "accumulate", "lr", "n_latent", "n_hidden", "n_layers", "train_size")
 # Settings that came later: models that say nothing of them have the default.
-_LATER = ("accumulate", "precision", "unlabeled", "category_keys", "continuous_keys", "protein_key")
+_LATER = ("accumulate", "precision", "unlabeled", "category_keys", "continuous_keys", "protein_key", "arches")
 
 
 @dataclass(frozen=True)
@@ -299,7 +299,10 @@ def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, Any]:
     """Settings of the training, those left out as the model has them; and of the network."""
     in_training = {f.name for f in fields(TrainConfig)}
     config: TrainConfig = build(TrainConfig, {k: v for k, v in settings.items() if k in in_training})
-    network = network_of(config.model, {k: v for k, v in settings.items() if k not in in_training})
+    of_network = {k: v for k, v in settings.items() if k not in in_training}
+    if config.arches and config.model not in ("scvi", "scanvi"):
+        raise UsageError(f"arches are settings of scvi and scanvi, not of {config.model}", fix="leave it out")
+    network = network_of(config.model, (ARCHES if config.arches else {}) | of_network)
     defaults = TRAINING[config.model]
     for name, value in asdict(config).items():
         if value is not None and name not in defaults and name in _SOME_MODELS:
