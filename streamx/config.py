@@ -376,6 +376,53 @@ class TrainConfig:
     threads: int = option(0, "threads that read ahead (0: one per core); training itself uses one", least=0)
 
 
+@dataclass(frozen=True)
+class SurgeryConfig:
+    batch_key: str | None = option(
+        None, "obs column of the query that names its batches (default: each file is one batch)"
+    )
+    layer: str | None = option(None, "what holds the counts: X (default), raw, or the name of a layer")
+    modality: str | None = option(None, "modality of an h5mu file that holds the counts")
+    min_features: int | None = option(None, "cells below it are left out (default: the reference's)", least=0)
+    new_labels: str = option(
+        "refuse",
+        "labels of the query that the reference does not know (where it knows any): refuse, or keep them in "
+        "obs, unlabelled for the classifier",
+        choices=("refuse", "keep"),
+    )
+    mask_missing: bool = option(
+        False, "leave genes that a file lacks out of its likelihood, instead of taking them as zero"
+    )
+    refit: bool = option(
+        False,
+        "a batch that was added before is learnt anew, on all its cells so far (default: its new cells are "
+        "only projected)",
+    )
+    max_epochs: int | None = option(
+        None, "epochs for each new batch (default: by its size, 400 up to 20,000 cells)", least=1
+    )
+    lr: float = option(None, "learning rate of Adam (default: the model's)")
+    weight_decay: float = option(
+        0.0, "weight decay of Adam; above 0 the reference's weights move, and its latents with them", least=0
+    )
+    minibatch_size: int = option(None, "cells per minibatch (default: the model's)", least=1)
+    patience: int = option(None, "of early stopping (default: the model's)", least=0)
+    train_size: float | None = option(None, "share of the cells to train on (default: the model's)")
+    warmup_epochs: int | None = option(None, "of the KL divergence (default: the model's)", least=0)
+    strip_versions: bool = option(False, "drop the version from Ensembl ids")
+    duplicate_genes: str = option(
+        "error",
+        "what to do with a gene name that occurs twice in a file",
+        choices=("error", "first", "sum", "unique"),
+    )
+    on_error: str = option("stop", "a broken file stops the run, or is left out", choices=("stop", "skip"))
+    seed: int = option(124, "seed of the new weights, order and noise", least=0)
+    checkpoint_seconds: float = option(30.0, "seconds between checkpoints, at least")
+    device: str = option("auto", "cpu, cuda, cuda:1, or auto")
+    memory: str = option("4GB", "memory that the work may use")
+    threads: int = option(0, "threads (0: one per core); training itself uses one", least=0)
+
+
 # The settings of each model's network.
 NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig}
 

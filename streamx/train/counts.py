@@ -13,7 +13,7 @@ from streamx.config import TrainConfig
 from streamx.errors import BadValuesError, UsageError
 from streamx.loader.loader import Loader
 from streamx.loader.pairs import pairs
-from streamx.loader.rows import split
+from streamx.loader.rows import selection, split
 from streamx.models.cells import Cells
 from streamx.schema import Schema
 from streamx.store.collection import Collection
@@ -75,7 +75,9 @@ def prepare(run: Run) -> Task:
     return task_of(run, module.to(run.device))
 
 
-def log_library(view: Collection, rows: int = 65_536) -> tuple[np.ndarray, np.ndarray]:
+def log_library(
+    view: Collection, rows: tuple[int, int] | None = None, block: int = 65_536
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and (population) variance of ln(sum) of the cells of each batch, float64 (n_batches,) each.
 
     The sum is over the view's genes; cells without counts are left out.
@@ -83,7 +85,7 @@ def log_library(view: Collection, rows: int = 65_536) -> tuple[np.ndarray, np.nd
     n_batches = max(1, len(view.batches))
     n_b, sum_b, square_b = np.zeros((3, n_batches))
     bounds, code_r = view.batch_runs
-    for low, high in view.iter_rows(rows):
+    for low, high in view.iter_rows(block, *(rows or ())):
         sum_n = np.asarray(view.read(low, high).sum(1, dtype=np.float64)).ravel()
         code_n = code_r[np.searchsorted(bounds, np.arange(low, high), side="right") - 1]
         there = (sum_n > 0) & (code_n >= 0)
@@ -95,11 +97,11 @@ def log_library(view: Collection, rows: int = 65_536) -> tuple[np.ndarray, np.nd
     return mean_b, np.maximum(square_b / np.maximum(n_b, 1) - mean_b**2, 1e-8)
 
 
-def task_of(run: Run, module: Any) -> Task:
-    """A network, and the minibatches to train it with."""
+def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
+    """A network, and the minibatches to train it with: of all cells, or of a range of rows."""
     view, config, ranks = run.view, run.config, run.ranks
     columns = columns_of(view, run.schema, run.device)
-    parts = _parts(view.n_obs, config)
+    parts = _parts(view.n_obs, rows, config)
     options: dict[str, Any] = {
         "device": run.device,
         "transform": False,
@@ -119,11 +121,12 @@ def task_of(run: Run, module: Any) -> Task:
         **options,
     )
     labelled = None
-    if config.model == "scanvi":
+    with_label = _labelled(columns, parts["train"], view.n_obs) if config.model == "scanvi" else np.zeros(0)
+    if with_label.any():
         labelled = make_loader(
             view,
             config.minibatch_size,
-            rows=_labelled(columns, parts["train"], view.n_obs),
+            rows=with_label,
             drop_last=True,
             seed=config.seed + 1,
             rank=ranks.rank,
@@ -146,20 +149,25 @@ def task_of(run: Run, module: Any) -> Task:
     return Task(module, minibatches, module.loss, len(training), validation)
 
 
-def _parts(n: int, config: TrainConfig) -> dict[str, np.ndarray | None]:
-    """Which cells train and which validate: masks; None for all, or none."""
+def _parts(n: int, rows: tuple[int, int] | None, config: TrainConfig) -> dict[str, Any]:
+    """Which of n cells train and which validate, as a loader takes it; no validation: None."""
     share = config.train_size or 1.0
     if share > 1:
         raise UsageError(f"train_size = {share}", fix="a share of the cells, above 0 and at most 1")
-    if share == 1 or round(n * (1 - share)) == 0:
-        return {"train": None, "validation": None}
-    return dict(split(n, {"train": share, "validation": 1 - share}, seed=config.seed))
+    low, high = rows or (0, n)
+    if round((high - low) * (1 - share)) == 0:
+        return {"train": rows, "validation": None}
+    within = split(high - low, {"train": share, "validation": 1 - share}, seed=config.seed)
+    return {name: np.pad(mask, (low, n - high)) for name, mask in within.items()}
 
 
-def _labelled(columns: Columns, train: np.ndarray | None, n: int) -> np.ndarray:
-    assert columns.label_n is not None
-    labelled = columns.label_n.cpu().numpy() >= 0
-    return labelled if train is None else labelled & train
+def _labelled(columns: Columns, train: Any, n: int) -> np.ndarray:
+    """Those of the cells that train which have a label."""
+    labelled = np.zeros(n, bool) if columns.label_n is None else columns.label_n.cpu().numpy() >= 0
+    chosen = selection(train, n)
+    mask = np.zeros(n, bool)
+    mask[chosen] = True
+    return labelled & mask
 
 
 class _Minibatches:

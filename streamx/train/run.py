@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import streamx
 from streamx.config import ARCHES, TRAINING, TrainConfig, build
@@ -24,14 +23,11 @@ from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import MARKER, describe, dump
 from streamx.train import counts, scalex
-from streamx.train.adam import EPS
 from streamx.train.build import network_of
-from streamx.train.checkpoint import Throttle, find_state, restore, save_state
-from streamx.train.device import can_record, check_device, one_torch_thread, pick_device, precision_of
+from streamx.train.device import check_device, one_torch_thread, pick_device
 from streamx.train.distributed import Ranks, together
-from streamx.train.early_stopping import EarlyStopping
-from streamx.train.fit import State, fit, make_optimizer
-from streamx.train.graph import RecordedStep
+from streamx.train.engine import run_task
+from streamx.train.fit import State
 from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, seal
 from streamx.train.task import Finished, Run, Task
 
@@ -136,53 +132,11 @@ def _model_of(config: TrainConfig) -> Any:
 
 def _fit(run: Run, progress: bool) -> tuple[Any, State, dict[str, Any], float]:
     """Train, or go on: the model, its state, what was done in numbers, and cells per second of this call."""
-    config, ranks, journal = run.config, run.ranks, run.journal
+    config = run.config
     task: Task = _model_of(config).prepare(run)
-    optimizer = make_optimizer(task.module, config.lr, config.weight_decay, ranks, eps=config.eps or EPS)
-    state = _state(run, task.module, optimizer)
-    precision = precision_of(config, run.device)
-    recorded = task.recordable and config.graph != "off" and can_record(config, run.device, ranks)
-    n_minibatches = ranks.most(task.n_minibatches, run.device)
-    per_epoch = -(-n_minibatches // config.accumulate)
-    seen = state.epoch * n_minibatches + state.minibatch
-    throttle, begun = Throttle(config.checkpoint_seconds), time.monotonic()
-
-    def keep(state: State, now: bool) -> None:
-        if journal is not None and (now or throttle.due()):
-            save_state(journal, task.module, optimizer, state)
-
-    fit(
-        task.module,
-        optimizer,
-        task.minibatches,
-        task.loss,
-        n_epochs=n_epochs_of(config, run.view.n_obs, per_epoch),
-        state=state,
-        n_minibatches=n_minibatches,
-        accumulate=config.accumulate,
-        precision=precision,
-        whole_step=RecordedStep(optimizer, task.loss, precision) if recorded else None,
-        validate=task.validate,
-        lr=config.lr,
-        keep=keep,
-        ranks=ranks,
-        progress=progress and ranks.first,
-    )
-    minibatches = (state.epoch * n_minibatches - seen) * ranks.world
-    rate = minibatches * min(config.minibatch_size, run.view.n_obs) / (time.monotonic() - begun)
-    return task.module, state, _summary(run.view, state, per_epoch), rate
-
-
-def n_epochs_of(config: TrainConfig, n_cells: int, steps_per_epoch: int) -> int:
-    """Epochs to train: as many as the steps ask for; else as many as were asked for; else by size.
-
-    By size is scvi-tools' rule: 400 up to 20,000 cells, fewer in proportion above.
-    """
-    if config.max_iteration is not None:
-        return -(-config.max_iteration // max(1, steps_per_epoch))
-    if config.max_epochs is not None:
-        return config.max_epochs
-    return min(400, max(1, round(20_000 / n_cells * 400)))
+    begun, trained = time.monotonic(), run_task(run, task, run.view.n_obs, progress)
+    rate = trained.minibatches * min(config.minibatch_size, run.view.n_obs) / (time.monotonic() - begun)
+    return task.module, trained.state, _summary(run.view, trained.state, trained.per_epoch), rate
 
 
 def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
@@ -226,23 +180,6 @@ def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
 def _several(ranks: Ranks) -> dict[str, Any]:
     """What a run of several processes can't be taken up without: their number."""
     return {"processes": ranks.world} if ranks.several else {}
-
-
-def _state(run: Run, module: nn.Module, optimizer: Any) -> State:
-    """What an interrupted run has left, on all processes; else a fresh state."""
-    config = run.config
-    kept = run.ranks.share(find_state(run.journal) if run.journal is not None else None)
-    if kept is None:
-        rule = EarlyStopping(
-            config.patience,
-            threshold=config.threshold or 0.0,
-            lr_patience=config.lr_patience or 0,
-            lr_factor=config.lr_factor or 1.0,
-        )
-        return State(0, [], rule)
-    state = restore(kept, module, optimizer)
-    log.info("going on after epoch %d, minibatch %d", state.epoch, state.minibatch)
-    return state
 
 
 def _write(

@@ -20,7 +20,13 @@ from streamx.train.distributed import Ranks
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a call to ``train`` works with; processes other than the first have no journal."""
+    """What a training works with; processes other than the first have no journal.
+
+    Attributes
+    ----------
+    name
+        Of its state in the journal.
+    """
 
     view: Collection
     schema: Schema
@@ -29,6 +35,7 @@ class Run:
     device: torch.device
     ranks: Ranks
     journal: Journal | None
+    name: str = "training"
 
     @property
     def reading(self) -> dict[str, Any]:
