@@ -211,7 +211,7 @@ TRAINING: dict[str, dict[str, Any]] = {
         "sampling": "shuffled",
     },
 }
-TRAINING["scanvi"] = TRAINING["scvi"] | {"classification_ratio": 50.0}
+TRAINING["scanvi"] = TRAINING["scvi"] | {"base_epochs": None}
 TRAINING["totalvi"] = TRAINING["scvi"] | {
     "max_epochs": 400,
     "minibatch_size": 256,
@@ -278,8 +278,8 @@ class ScviConfig:
 
 
 @dataclass(frozen=True)
-class ScanviConfig:
-    """scANVI: what it adds to scVI (Xu 2021; names and defaults as scvi-tools documents them)."""
+class ScanviConfig(ScviConfig):
+    """scANVI: scVI's settings, and what it adds (Xu 2021; names and defaults as scvi-tools documents them)."""
 
     linear_classifier: bool = option(False, "the classifier of labels is a single linear layer")
     classification_ratio: float = option(50.0, "weight of the classification in the loss", least=0)
@@ -330,7 +330,10 @@ class TrainConfig:
         least=1,
     )
     max_epochs: int | None = option(
-        None, "epochs (default: totalvi, trvae 400; scvi, scanvi by size: 400 up to 20,000 cells)", least=1
+        None,
+        "epochs (default: totalvi, trvae 400; scvi by size: 400 up to 20,000 cells; scanvi 10, or a third of "
+        "the base's)",
+        least=1,
     )
     lr: float = option(None, f"learning rate of Adam ({_defaults('lr')})")
     eps: float | None = option(None, "eps of Adam (count models; default: 0.01)")
@@ -363,7 +366,9 @@ class TrainConfig:
         "(default: trvae balanced, others shuffled)",
         choices=("shuffled", "balanced"),
     )
-    classification_ratio: float | None = option(None, "weight of the classifier's loss (scanvi; default: 50)")
+    base_epochs: int | None = option(
+        None, "epochs of scVI that come before scANVI's own (default: by size; 0 or --init: none)", least=0
+    )
     seed: int = option(124, "seed of weights, order and noise")
     checkpoint_seconds: float = option(30.0, "seconds between checkpoints, at least")
     device: str = option("auto", "cpu, cuda, cuda:1, or auto")
@@ -437,7 +442,7 @@ class SurgeryConfig:
 
 
 # The settings of each model's network.
-NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig}
+NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig, "scanvi": ScanviConfig}
 
 
 @dataclass(frozen=True)

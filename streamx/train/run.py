@@ -114,10 +114,10 @@ def train(
         journal = Journal(location, fingerprint | _several(ranks)) if ranks.first else None
         try:
             run = Run(view, schema, config, network, device, ranks, journal)
-            module, state, done, rate = _fit(run, progress)
+            task, state, done, rate = _fit(run, progress)
             if journal is not None:
-                found = _model_of(config).finish(run, module)
-                _write(location, run, module, found, state, done, fingerprint)
+                found = _model_of(config).finish(run, task.module)
+                _write(location, run, task, found, state, done, fingerprint)
                 journal.remove()
         finally:
             if journal is not None:
@@ -130,13 +130,13 @@ def _model_of(config: TrainConfig) -> Any:
     return scalex if config.model == "scalex" else counts
 
 
-def _fit(run: Run, progress: bool) -> tuple[Any, State, dict[str, Any], float]:
-    """Train, or go on: the model, its state, what was done in numbers, and cells per second of this call."""
+def _fit(run: Run, progress: bool) -> tuple[Task, State, dict[str, Any], float]:
+    """Train, or go on: the task, its last state, what was done in numbers, and cells per second now."""
     config = run.config
-    task: Task = _model_of(config).prepare(run)
+    task: Task = _model_of(config).prepare(run, progress)
     begun, trained = time.monotonic(), run_task(run, task, run.view.n_obs, progress)
     rate = trained.minibatches * min(config.minibatch_size, run.view.n_obs) / (time.monotonic() - begun)
-    return task.module, trained.state, _summary(run.view, trained.state, trained.per_epoch), rate
+    return task, trained.state, _summary(run.view, trained.state, trained.per_epoch), rate
 
 
 def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
@@ -185,7 +185,7 @@ def _several(ranks: Ranks) -> dict[str, Any]:
 def _write(
     location: Location,
     run: Run,
-    module: Any,
+    task: Task,
     found: Finished,
     state: State,
     trained: dict[str, Any],
@@ -193,11 +193,12 @@ def _write(
 ) -> None:
     """The model folder; ``model.json`` comes last and makes it a model."""
     view, config = run.view, run.config
-    names = list(state.history[0]) if state.history else ["epoch", "loss"]
-    rows = [",".join(names)] + [",".join(repr(row[name]) for name in names) for row in state.history]
-    history = ("\n".join(rows) + "\n").encode()
-    location.write("history.csv", history)
-    digest, described = save_weights(location, module, found.tables)
+    tables = {"history.csv": as_csv(state.history)}
+    if task.base:
+        tables["history-base.csv"] = as_csv(task.base)
+    for name, data in tables.items():
+        location.write(name, data)
+    digest, described = save_weights(location, task.module, found.tables)
     uns = {"streamx": {"model": digest, "batch_key": view.batch_key}}
     if config.norm is not None:
         uns["streamx"]["norm"] = config.norm
@@ -207,17 +208,24 @@ def _write(
         "model": config.model,
         "id": digest,
         **asdict(run.schema),
-        "network": asdict(module.config),
+        "network": asdict(task.module.config),
         "norm": config.norm,
         "preprocessing": preprocessing(view),
         "view": fingerprint["view"],
         "settings": fingerprint,
         "training": trained,
         "versions": {"streamx": streamx.__version__, "torch": torch.__version__, "numpy": np.__version__},
-        "files": {WEIGHTS: described, "history.csv": describe(history)},
+        "files": {WEIGHTS: described} | {name: describe(data) for name, data in tables.items()},
     }
     location.sync()
     location.write(CARD, seal(card))
+
+
+def as_csv(history: list[dict[str, float]]) -> bytes:
+    """A history as a table, one row per epoch."""
+    names = list(history[0]) if history else ["epoch", "loss"]
+    rows = [",".join(names)] + [",".join(repr(row[name]) for name in names) for row in history]
+    return ("\n".join(rows) + "\n").encode()
 
 
 def scalex_schema(view: Collection) -> Schema:
@@ -247,6 +255,8 @@ def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, Any]:
     left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.max_epochs is not None:
         left_out.pop("max_iteration", None)
+    elif config.model == "scanvi" and config.max_iteration is None:
+        left_out["max_epochs"] = 10 if not config.base_epochs else min(10, max(2, config.base_epochs // 3))
     if config.warmup_steps is not None:
         left_out.pop("warmup_epochs", None)
     config = replace(config, **left_out)

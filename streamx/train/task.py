@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamx.config import TrainConfig
 from streamx.schema import Schema
@@ -54,14 +54,17 @@ class Task:
         Of an epoch, of this process.
     recordable
         The loss looks at no value and its minibatches are tensors: a GPU may record a step.
+    base
+        History of a training that came before.
     """
 
-    module: nn.Module
+    module: Any
     minibatches: Callable[[int, int], Iterable[tuple[Any, ...]]]
     loss: Callable[..., dict[str, Tensor]]
     n_minibatches: int
     validate: Callable[[int], tuple[dict[str, Tensor], float]] | None = None
     recordable: bool = False
+    base: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)
