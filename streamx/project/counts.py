@@ -18,8 +18,9 @@ from streamx.store.columns import file_of
 from streamx.store.filed import piece_rows
 from streamx.store.ingest import Source
 from streamx.store.scratch import new_array
+from streamx.train.build import TAKES_ROWS, n_latent_of
 from streamx.train.cells import category_codes, continuous_values
-from streamx.train.counts import latent_of, takes_rows
+from streamx.train.counts import latent_of
 from streamx.train.feed import query_input
 from streamx.train.model import Model
 
@@ -42,7 +43,7 @@ def settled(model: Model, config: ProjectConfig) -> ProjectConfig:
 def map_cells(model: Model, query: Query, config: ProjectConfig, memory: int, progress: bool) -> Mapped:
     """Latents (and what scANVI says of the labels), in one pass over the query."""
     columns = query_columns(model, query)
-    z_nk = no_latents(query, model.module.n_latent)
+    z_nk = no_latents(query, n_latent_of(model.module.config))
     predicted = _Predicted.of(model, query)
     for block in watched(query, read_blocks(query, model, config, memory), progress):
         if len(block.row_n):
@@ -97,7 +98,7 @@ class QueryColumns:
         module = self.model.module
         device = next(module.parameters()).device
         x_ng: Any = query_input(block.x_ng, device)
-        if device.type == "cpu" and not takes_rows(module):
+        if device.type == "cpu" and self.model.kind not in TAKES_ROWS:
             x_ng = x_ng.dense()
 
         def there(values: np.ndarray) -> torch.Tensor:
