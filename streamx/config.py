@@ -279,7 +279,7 @@ class ScviConfig:
 
 @dataclass(frozen=True)
 class ScanviConfig(ScviConfig):
-    """scANVI: scVI's settings, and what it adds (Xu 2021; names and defaults as scvi-tools documents them)."""
+    """scANVI: scVI's settings, and what it adds (Xu 2021; names and defaults as scvi-tools has them)."""
 
     linear_classifier: bool = option(False, "the classifier of labels is a single linear layer")
     classification_ratio: float = option(50.0, "weight of the classification in the loss", least=0)
