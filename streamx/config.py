@@ -183,6 +183,40 @@ class ScalexConfig:
 
 
 @dataclass(frozen=True)
+class TrvaeConfig:
+    """trVAE's network, in the words of scArches (documented signature)."""
+
+    hidden_layer_sizes: tuple[int, ...] = option(
+        (256, 64), "units of the encoder's layers; the decoder's are the same backwards", many=True
+    )
+    latent_dim: int = option(10, "dimensions of the latent space", least=1)
+    dr_rate: float = option(0.05, "share of units dropped while training", least=0)
+    use_mmd: bool = option(True, "draw the batches together by their maximum mean discrepancy")
+    mmd_on: str = option(
+        "z", "discrepancy of the latents (z) or of the decoder's first layer (y)", choices=("z", "y")
+    )
+    mmd_boundary: int | None = option(
+        None, "compare the first so many batches with the later ones only (default: all pairs)", least=1
+    )
+    recon_loss: str = option(
+        "nb",
+        "likelihood of the counts: nb, zinb, or mse (squared error of ln(1 + x))",
+        choices=("mse", "nb", "zinb"),
+    )
+    beta: float = option(1.0, "weight of the discrepancy", least=0)
+    use_bn: bool = option(False, "batch norm after each layer, instead of layer norm")
+    use_ln: bool = option(True, "layer norm after each layer")
+    size_factor: str = option(
+        "sum",
+        "a cell's size factor: sum of its counts, or (log_sum) its logarithm as in scArches of December 2020",
+        choices=("sum", "log_sum"),
+    )
+    log_input: bool = option(
+        True, "with mse: take ln(1 + x); off, x is fitted as it is, as by scArches since 2021"
+    )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     model: str = option("scalex", "which model", choices=("scalex",))
     max_iteration: int = option(30_000, "training steps; epochs = ceil(max_iteration / steps per epoch)")
