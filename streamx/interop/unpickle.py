@@ -294,8 +294,8 @@ class _Values:
             return {self.of(key, depth): self.of(item, depth) for key, item in value.items()}
         if isinstance(value, (list, tuple, set, frozenset)):
             return type(value)(self.of(item, depth) for item in value)
-        if not isinstance(value, _Node):
-            raise Refused(f"a {type(value).__name__}")
+        if not isinstance(value, _Node) or value.name == "storage":
+            raise Refused(f"a {type(value).__name__} by itself")
         if value.name == "_codecs.encode":
             text, encoding = value.parts
             return _latin1(text, encoding)
