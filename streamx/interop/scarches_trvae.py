@@ -17,6 +17,7 @@ from torch import Tensor
 
 from streamx.config import TrvaeConfig, build
 from streamx.errors import BadFileError, UsageError
+from streamx.interop.scvi_files import lines
 from streamx.interop.unpickle import first_line, read_pickle, read_torch
 from streamx.models.trvae import Trvae
 
@@ -122,7 +123,7 @@ def read_trvae(folder: str | Path, *, december_2020: bool = False) -> SavedTrvae
     """
     folder = Path(folder)
     settings, weights = read_pickle(folder / "attr.pkl"), read_torch(folder / "model_params.pt")
-    genes = _lines(folder / "var_names.csv")
+    genes = lines(folder / "var_names.csv")
     try:
         chosen = {name: settings[f"{name}_"] for name in _SETTINGS}
         chosen["hidden_layer_sizes"] = tuple(int(width) for width in chosen["hidden_layer_sizes"])
@@ -156,10 +157,3 @@ def write_trvae(
     (folder / ".var_names.csv.tmp").write_text("".join(f"{gene}\n" for gene in genes), encoding="utf-8")
     for name in ("model_params.pt", "attr.pkl", "var_names.csv"):
         (folder / f".{name}.tmp").replace(folder / name)
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadFileError(f"no list of genes: {first_line(error)}", where=str(path)) from None
