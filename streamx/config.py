@@ -183,6 +183,51 @@ class ScalexConfig:
 
 
 @dataclass(frozen=True)
+class ScviConfig:
+    """scVI: network and loss (Lopez 2018; names and defaults as scvi-tools documents them)."""
+
+    n_hidden: int = option(128, "units of each hidden layer", least=1)
+    n_latent: int = option(10, "dimensions of the latent", least=1)
+    n_layers: int = option(1, "hidden layers of the encoder and of the decoder", least=1)
+    dropout_rate: float = option(0.1, "share of the encoder's units dropped while training", least=0)
+    dispersion: str = option(
+        "gene",
+        "inverse dispersion: one per gene, per gene and batch, per gene and label, or for each value",
+        choices=("gene", "gene-batch", "gene-label", "gene-cell"),
+    )
+    gene_likelihood: str = option("zinb", "distribution of the counts", choices=("zinb", "nb", "poisson"))
+    latent_distribution: str = option(
+        "normal", "latent: normal, or its softmax (ln)", choices=("normal", "ln")
+    )
+    log_variational: bool = option(True, "the encoder sees ln(1 + x)")
+    encode_covariates: bool = option(False, "the encoder sees the batch and the covariates too")
+    deeply_inject_covariates: bool = option(True, "covariates enter every layer, not the first alone")
+    use_batch_norm: str = option(
+        "both", "where batch norm is", choices=("both", "encoder", "decoder", "none")
+    )
+    use_layer_norm: str = option(
+        "none", "where layer norm is", choices=("both", "encoder", "decoder", "none")
+    )
+    use_observed_lib_size: bool = option(True, "a cell's library size is its sum, not a latent variable")
+
+
+@dataclass(frozen=True)
+class FreezeConfig:
+    """What stays as it is while a reference model learns new batches (scArches; defaults as scvi-tools')."""
+
+    unfrozen: bool = option(False, "nothing stays: all weights move, whatever the other options say")
+    freeze_dropout: bool = option(False, "no dropout while training")
+    freeze_expression: bool = option(True, "the encoder's weights on genes stay")
+    freeze_decoder_first_layer: bool = option(True, "the decoder's first layer stays")
+    freeze_batchnorm_encoder: bool = option(True, "the encoder's batch norms stay")
+    freeze_batchnorm_decoder: bool = option(False, "the decoder's batch norms stay")
+    freeze_classifier: bool = option(True, "the classifier of labels stays (scANVI)")
+    freeze_dispersion: bool = option(
+        False, "a new batch's dispersion stays as drawn, as in scvi-tools (gene-batch only)"
+    )
+
+
+@dataclass(frozen=True)
 class TrvaeConfig:
     """trVAE's network, in the words of scArches (documented signature)."""
 
@@ -214,6 +259,15 @@ class TrvaeConfig:
     log_input: bool = option(
         True, "with mse: take ln(1 + x); off, x is fitted as it is, as by scArches since 2021"
     )
+
+
+@dataclass(frozen=True)
+class TrvaeFreezeConfig:
+    """What stays as it is while a trVAE model learns new batches (scArches' ``load_query_data``)."""
+
+    freeze: bool = option(True, "all weights but the batches' own stay; off, all move")
+    freeze_expression: bool = option(True, "the first layers' weights, but for the batches' own, stay too")
+    remove_dropout: bool = option(True, "no dropout while training")
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from streamx.models.trvae import Trvae
 
 # Their names -> ours. L and N number the layers of both nets; the decoder's first layer stands apart there.
 _NAMES = (
-    (r"theta", "theta"),
+    (r"theta", "log_theta_gb"),
     (r"encoder\.FC\.L0\.cond_L\.weight", "encoder.blocks.0.batch"),
     (r"encoder\.FC\.L0\.expr_L\.(weight|bias)", r"encoder.blocks.0.linear.\1"),
     (r"encoder\.FC\.L([1-9]\d*)\.(weight|bias)", r"encoder.blocks.\1.linear.\2"),
@@ -84,7 +84,7 @@ def _our_name(name: str) -> str:
 
 def to_theirs(ours: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our state dict -> scArches'."""
-    out = "mean_decoder" if "theta" in ours else "recon_decoder"  # mse has no dispersion
+    out = "mean_decoder" if "log_theta_gb" in ours else "recon_decoder"  # mse has no dispersion
     theirs = {_their_name(name, out): value.detach().cpu().clone() for name, value in ours.items()}
     assert list(to_ours(theirs)) == list(ours)
     return theirs
@@ -92,8 +92,8 @@ def to_theirs(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _their_name(name: str, out: str) -> str:
     """``encoder.blocks.2.linear.weight`` -> ``encoder.FC.L2.weight``, and so on."""
-    if name == "theta":
-        return name
+    if name == "log_theta_gb":
+        return "theta"
     net, part, *rest = name.split(".")
     if part != "blocks":
         heads = {"out": f"{out}.0", "dropout": "dropout_decoder", "mean": "mean_encoder"}

@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from streamx.errors import BadFileError, UsageError
-from streamx.interop.scvi_names import normalised
+from streamx.interop.scvi_tools import normalised
 from streamx.interop.unpickle import Opaque, first_line, read_pickle, read_torch
 
 KINDS = {"SCVI": "scvi", "SCANVI": "scanvi", "TOTALVI": "totalvi"}

@@ -15,7 +15,8 @@ EPS = 1e-8
 
 def poisson(x: Tensor, rate: Tensor) -> Tensor:
     """ln Poisson(x; rate); x = 0 is allowed where the rate is 0."""
-    return torch.xlogy(x, rate) - rate - torch.lgamma(x + 1)
+    tiny = torch.finfo(rate.dtype).tiny  # the derivative at a rate of 0 is one of 0 ln 0: not a number
+    return torch.xlogy(x, rate.clamp(min=tiny)) - rate - torch.lgamma(x + 1)
 
 
 def nb(x: Tensor, mu: Tensor, theta: Tensor) -> Tensor:

@@ -119,6 +119,16 @@ class CovariateLinear(nn.Module):
             h_nh = h_nh + F.embedding(columns_nc, self.category.t()).sum(1)
         return h_nh
 
+    def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
+        """The column (n_out,) of one batch more, drawn as if the layer had been made with it."""
+        assert name == "batch"
+        assert self.batch is not None
+        tables = (self.linear.weight, self.continuous, self.category)
+        before = max(self.batch.shape[1], 1)  # one batch has no column, until there are two
+        n_inputs = before + 1 + sum(table.shape[1] for table in tables if table is not None)
+        bound = 1 / math.sqrt(n_inputs)
+        return torch.empty(len(self.batch)).uniform_(-bound, bound, generator=generator)
+
 
 class Layer(nn.Module):
     """Linear with covariates -> batch norm -> layer norm (no weights) -> ReLU -> dropout."""

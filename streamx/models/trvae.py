@@ -8,11 +8,11 @@ setting says so. What scArches calls a condition is a batch here.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -75,6 +75,14 @@ class Block(nn.Module):
         self.norm = nn.BatchNorm1d(n_out) if config.use_bn else None
         self.layer_norm = config.use_ln and not config.use_bn
         self.dropout = config.dr_rate
+
+    def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
+        """The column (n_out,) of one batch more, drawn as if the layer had been made with it."""
+        assert name == "batch"
+        assert self.batch is not None
+        n_out, before = self.batch.shape
+        bound = 1 / math.sqrt(before + 1)
+        return torch.empty(n_out).uniform_(-bound, bound, generator=generator)
 
     def forward(
         self, x: Tensor | Rows, batch_n: Tensor | None = None, generator: torch.Generator | None = None
@@ -196,11 +204,11 @@ class Trvae(nn.Module):
 
     Attributes
     ----------
-    theta
+    log_theta_gb
         ln of the inverse dispersion, (n_genes, n_batches); None with mse.
     """
 
-    theta: nn.Parameter | None
+    log_theta_gb: nn.Parameter | None
 
     def __init__(
         self,
@@ -219,11 +227,16 @@ class Trvae(nn.Module):
             )
         self.n_genes, self.n_batches = n_genes, n_batches
         generator = generator or torch.Generator().manual_seed(0)
-        self.theta = None
+        self.log_theta_gb = None
         if self.config.recon_loss != "mse":
-            self.theta = nn.Parameter(torch.randn(n_genes, n_batches, generator=generator))
+            self.log_theta_gb = nn.Parameter(torch.randn(n_genes, n_batches, generator=generator))
         self.encoder = Encoder(n_genes, n_batches, self.config, generator)
         self.decoder = Decoder(n_genes, n_batches, self.config, generator)
+
+    def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
+        """ln theta (n_genes,) of one batch more, as it is drawn at the beginning."""
+        assert name == "log_theta_gb"
+        return torch.randn((self.n_genes,), generator=generator)
 
     def encode(self, cells: Cells, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z|x), float32 (n, latent_dim); ``generator`` draws dropout while training.
@@ -237,11 +250,11 @@ class Trvae(nn.Module):
     ) -> Expression:
         """Expression of latents as of the given batches, for cells of the given size factors (n,)."""
         logits_ng, dropout_ng, hidden_ny = self.decoder(z_nk, batch_n, generator)
-        if self.theta is None:
+        if self.log_theta_gb is None:
             fitted_ng = F.relu(logits_ng)
             return Expression(fitted_ng, fitted_ng, None, None, hidden_ny)
         scale_ng = F.softmax(logits_ng, dim=-1)
-        r_ng = F.embedding(batch_n, self.theta.t()).exp()
+        r_ng = F.embedding(batch_n, self.log_theta_gb.t()).exp()
         return Expression(scale_ng, scale_ng * size_n[:, None], r_ng, dropout_ng, hidden_ny)
 
     def size_factors(self, x_ng: Tensor) -> Tensor:
@@ -297,10 +310,4 @@ class Trvae(nn.Module):
         """What the first layer is given: ln(1 + x), or x itself."""
         if self.config.recon_loss == "mse" and not self.config.log_input:
             return x_ng
-        return _log1p(x_ng)
-
-
-def _log1p(x_ng: Tensor | Rows) -> Tensor | Rows:
-    if isinstance(x_ng, Rows):
-        return replace(x_ng, value_v=np.log1p(x_ng.value_v))
-    return x_ng.log1p()
+        return x_ng.log1p()

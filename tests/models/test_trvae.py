@@ -92,7 +92,7 @@ def test_a_minibatch_of_one_batch(mmd_on: str) -> None:
 def test_only_the_minibatch_s_columns_have_a_gradient() -> None:
     model = network()
     model.loss(Cells(cells().x_ng, torch.ones(30).long()), 1.0, seed())["loss"].backward()
-    for table in (model.theta, model.encoder.blocks[0].batch, model.decoder.blocks[0].batch):
+    for table in (model.log_theta_gb, model.encoder.blocks[0].batch, model.decoder.blocks[0].batch):
         moved = table.grad.abs().sum(0) > 0
         assert moved.tolist() == [False, True, False]
 
@@ -131,7 +131,7 @@ def test_decoded_as_another_batch() -> None:
     found = model.decode(mean, given.batch_n, model.size_factors(given.x_ng))
     torch.testing.assert_close(found.scale_ng.sum(1), torch.ones(30))
     torch.testing.assert_close(found.rate_ng.sum(1), given.x_ng.sum(1))
-    torch.testing.assert_close(found.r_ng[0], model.theta[:, given.batch_n[0]].exp())
+    torch.testing.assert_close(found.r_ng[0], model.log_theta_gb[:, given.batch_n[0]].exp())
     assert found.dropout_ng.shape == (30, 12)
     other = model.decode(mean, (given.batch_n + 1) % 3, model.size_factors(given.x_ng))
     assert not torch.allclose(found.scale_ng, other.scale_ng)
@@ -196,10 +196,10 @@ def test_initial_weights() -> None:
     assert first.batch.shape == (256, 5)
     assert [block.linear.bias is None for block in model.encoder.blocks] == [False, False]
     assert [block.linear.bias is None for block in model.decoder.blocks] == [True, True]
-    assert model.theta.std().item() == pytest.approx(1, abs=0.05)
-    assert torch.equal(model.theta, Trvae(400, 5, TrvaeConfig(recon_loss="zinb")).theta)
+    assert model.log_theta_gb.std().item() == pytest.approx(1, abs=0.05)
+    assert torch.equal(model.log_theta_gb, Trvae(400, 5, TrvaeConfig(recon_loss="zinb")).log_theta_gb)
     other = Trvae(400, 5, TrvaeConfig(recon_loss="zinb"), generator=seed(1))
-    assert not torch.equal(model.theta, other.theta)
+    assert not torch.equal(model.log_theta_gb, other.log_theta_gb)
     assert network(n_batches=1).encoder.blocks[0].batch.shape == (8, 1)
     with pytest.raises(UsageError, match="hidden_layer_sizes"):
         Trvae(12, 2, TrvaeConfig(hidden_layer_sizes=()))

@@ -1,0 +1,199 @@
+"""Weights of scvi-tools' models as ours, and back.
+
+scvi-tools appends one-hot covariates to a layer's input: the columns of its weights are, in this order, the
+input, continuous covariates, batches, and the levels of each further category. Ours are parameters of their
+own (:class:`streamx.models.stack.CovariateLinear`). Everything else differs by name alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from streamx.config import ScviConfig
+from streamx.models.scvi import Scvi
+from streamx.models.stack import Stack, n_columns
+
+Names = dict[str, list[str]]  # theirs -> ours, whose tensors lie side by side in theirs
+
+
+def normalised(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A state dict in the names of scvi-tools 1.4, whatever release wrote it.
+
+    0.8.0 beta wrote ``Layer_0`` and ``px_scale_decoder.weight``; 1.3 added a store of pyro's, which these
+    models do not use.
+    """
+    renamed = {}
+    for name, value in state.items():
+        if name == "pyro_param_store":
+            continue
+        name = re.sub(r"\bLayer_(\d+)", r"Layer \1", name)
+        renamed[re.sub(r"\bpx_scale_decoder\.(weight|bias)$", r"px_scale_decoder.0.\1", name)] = value
+    return renamed
+
+
+def _of_linear(theirs: str, ours: str) -> Names:
+    return {f"{theirs}.{part}": [f"{ours}.{part}"] for part in ("weight", "bias")}
+
+
+def _of_stack(stack: Stack, theirs: str, ours: str) -> Names:
+    names: Names = {}
+    for i, layer in enumerate(stack.layers):
+        columns = f"{ours}.layers.{i}.columns"
+        tables = [
+            name for name in ("continuous", "batch", "category") if getattr(layer.columns, name) is not None
+        ]
+        names |= _of_linear(f"{theirs}.fc_layers.Layer {i}.0", f"{columns}.linear")
+        names[f"{theirs}.fc_layers.Layer {i}.0.weight"] += [f"{columns}.{name}" for name in tables]
+        if layer.norm is not None:
+            parts = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+            norm = f"{ours}.layers.{i}.norm"
+            names |= {f"{theirs}.fc_layers.Layer {i}.1.{part}": [f"{norm}.{part}"] for part in parts}
+    return names
+
+
+def _of_encoder(stack: Stack, theirs: str, ours: str, kind: str = "encoder") -> Names:
+    heads = _of_linear(f"{theirs}.mean_{kind}", f"{ours}.mean") | _of_linear(
+        f"{theirs}.var_{kind}", f"{ours}.log_var"
+    )
+    return _of_stack(stack, f"{theirs}.{kind}", f"{ours}.stack") | heads
+
+
+def _of_scvi(module: Scvi) -> Names:
+    dispersion = [name for name, _ in module.named_parameters() if name.startswith("log_theta_")]
+    names: Names = {"px_r": dispersion} if dispersion else {}  # none for gene-cell
+    names |= _of_encoder(module.encoder.stack, "z_encoder", "encoder")
+    if module.library_encoder is not None:
+        names |= _of_encoder(module.library_encoder.stack, "l_encoder", "library_encoder")
+        names |= {"library_log_means": ["library_mean_b"], "library_log_vars": ["library_var_b"]}
+    names |= _of_stack(module.decoder.stack, "decoder.px_decoder", "decoder.stack")
+    names |= _of_linear("decoder.px_scale_decoder.0", "decoder.scale")
+    if module.decoder.log_theta is not None:
+        names |= _of_linear("decoder.px_r_decoder", "decoder.log_theta")
+    if module.decoder.dropout is not None:
+        names |= _of_linear("decoder.px_dropout_decoder", "decoder.dropout")
+    return names
+
+
+def _names(module: nn.Module) -> Names:
+    if not isinstance(module, Scvi):
+        raise TypeError(f"{type(module).__name__} is no model that scvi-tools knows")
+    return _of_scvi(module)
+
+
+def _unused(module: Scvi, names: Names) -> dict[str, tuple[int, ...]]:
+    """Tensors that scvi-tools makes whether or not the model uses them, and expects in a file."""
+    n_genes, n_hidden = module.n_genes, module.config.n_hidden
+    shapes: dict[str, tuple[int, ...]] = {}
+    for head in ("px_r_decoder", "px_dropout_decoder"):
+        shapes |= {f"decoder.{head}.weight": (n_genes, n_hidden), f"decoder.{head}.bias": (n_genes,)}
+    for name in names:
+        if name.startswith("z_encoder.encoder.fc_layers.Layer 0."):
+            own = _sizes(module, names[name])
+            shapes[name.replace("z_encoder", "l_encoder", 1)] = own
+    for head in ("mean_encoder", "var_encoder"):
+        shapes |= {f"l_encoder.{head}.weight": (1, n_hidden), f"l_encoder.{head}.bias": (1,)}
+    return {name: shape for name, shape in shapes.items() if name not in names}
+
+
+def _sizes(module: nn.Module, ours: list[str]) -> tuple[int, ...]:
+    state = module.state_dict()
+    first = tuple(state[ours[0]].shape)
+    return first if len(ours) == 1 else (first[0], sum(state[name].shape[1] for name in ours))
+
+
+def state_dict_of(module: nn.Module) -> dict[str, Tensor]:
+    """Our module's tensors under the names and in the shapes of scvi-tools 1.4.
+
+    Parts that scvi-tools makes and such a model never uses (the library encoder where the library size is
+    observed) are there too, as zeros; norms among them as they begin.
+    """
+    names, state = _names(module), module.state_dict()
+    assert isinstance(module, Scvi)
+    found = {}
+    for theirs, ours in names.items():
+        tensor = state[ours[0]] if len(ours) == 1 else torch.cat([state[name] for name in ours], 1)
+        found[theirs] = (tensor[None] if theirs.startswith("library_log_") else tensor).contiguous()
+    for name, shape in _unused(module, names).items():
+        ones = name.endswith(("0.1.weight", "running_var"))
+        dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
+        found[name] = torch.ones(shape) if ones else torch.zeros(shape, dtype=dtype)
+    return found
+
+
+def _config(settings: Mapping[str, Any]) -> ScviConfig:
+    known = {field.name for field in fields(ScviConfig)}
+    return ScviConfig(**{name: value for name, value in settings.items() if name in known})
+
+
+def module_from(kind: str, state_dict: Mapping[str, Any], settings: Mapping[str, Any]) -> Scvi:
+    """Our module with the weights of a model of scvi-tools.
+
+    Parameters
+    ----------
+    kind
+        ``scvi``.
+    state_dict
+        Names -> tensors, as any release since 0.7 wrote them.
+    settings
+        What the shapes do not tell, under scvi-tools' own names: arguments of the model (``gene_likelihood``,
+        ``use_layer_norm``, ``encode_covariates``, ...; defaults where absent), and ``n_cats_per_cov`` and
+        ``n_continuous_cov`` where the model has such covariates. Others are not looked at.
+
+    Raises
+    ------
+    ValueError
+        If a tensor is missing or has another shape than the settings say.
+    """
+    if kind != "scvi":
+        raise ValueError(f"got {kind!r}; known: scvi")
+    state = normalised(state_dict)
+    module = _empty_scvi(state, settings)
+    _fill(module, state)
+    return module
+
+
+def _empty_scvi(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Scvi:
+    n_genes = len(state["decoder.px_scale_decoder.0.bias"])
+    n_latent, n_hidden = state["z_encoder.mean_encoder.weight"].shape
+    n_layers = sum(
+        bool(re.fullmatch(r"z_encoder.encoder.fc_layers.Layer \d+\.0\.bias", name)) for name in state
+    )
+    n_levels = tuple(settings.get("n_cats_per_cov") or ())
+    n_continuous = settings.get("n_continuous_cov") or 0
+    width = state["decoder.px_decoder.fc_layers.Layer 0.0.weight"].shape[1]
+    n_batches = width - n_latent - n_continuous - sum(n_columns(n) for n in n_levels)
+    means, vars_ = state.get("library_log_means"), state.get("library_log_vars")
+    sizes = {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers}
+    config = _config({**settings, **sizes})
+    return Scvi(
+        n_genes,
+        max(n_batches, 1),
+        config,
+        n_labels=state["px_r"].shape[1] if config.dispersion == "gene-label" else 0,
+        n_levels=n_levels,
+        n_continuous=n_continuous,
+        library_b=None if means is None or vars_ is None else (means[0].numpy(), vars_[0].numpy()),
+    )
+
+
+def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copy their tensors into ours."""
+    own = module.state_dict()
+    with torch.no_grad():
+        for theirs, ours in _names(module).items():
+            want = _sizes(module, ours)
+            got = state.get(theirs)
+            if got is not None and theirs.startswith("library_log_"):
+                got = got[0]
+            if got is None or tuple(got.shape) != want:
+                found = "nothing" if got is None else tuple(got.shape)
+                raise ValueError(f"{theirs}: got {found}, want {want}: do the settings fit the model?")
+            parts = [got] if len(ours) == 1 else got.split([own[name].shape[1] for name in ours], 1)
+            for name, part in zip(ours, parts, strict=True):
+                own[name].copy_(part)

@@ -1,0 +1,101 @@
+"""Surgery, its first half: a model of more batches whose weights for the old ones are the same bits.
+
+The second half, what moves while the new batches are learnt, is :mod:`streamx.models.freeze`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from streamx.models.sparse import SparseLinear
+
+
+def batch_dimension(name: str) -> int | None:
+    """The dimension of a table (by the last part of its name) that counts batches, or None.
+
+    ``batch`` (n_out, n_batches) are columns of a layer; otherwise the letters after the last underscore are
+    the axes: ``log_theta_gb`` is (n_genes, n_batches), ``library_mean_b`` (n_batches,).
+    """
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "batch":
+        return 1
+    axes = leaf.rsplit("_", 1)[-1] if "_" in leaf else ""
+    return axes.index("b") if "b" in axes and len(axes) <= 3 else None
+
+
+def batch_tables(module: nn.Module) -> dict[str, int]:
+    """Names of all parameters and buffers that have an axis of batches -> that axis; sorted."""
+    found = {name: batch_dimension(name) for name in sorted(_tensors(module))}
+    return {name: dimension for name, dimension in found.items() if dimension is not None}
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return dict(module.named_parameters()) | dict(module.named_buffers())
+
+
+def extended(
+    module: nn.Module, generators: Sequence[torch.Generator], given: Mapping[str, Tensor] | None = None
+) -> nn.Module:
+    """A new module with one batch more for each generator; the given module stays as it is.
+
+    A new batch's values are drawn from its own generator, table by table, as at the beginning: several
+    batches in one go give the same bits as one by one. A layer of a single batch has no column for it; when
+    it grows, that batch gets a column of zeros, and its cells the results that they had.
+
+    Parameters
+    ----------
+    module
+        A model with an attribute ``n_batches``; every part that holds a table of batches has a method
+        ``new_batch(name, generator)``, which gives the values of one batch more.
+    generators
+        CPU generators, one for each new batch.
+    given
+        Values of the new batches, by the table's name, along its axis of batches, for tables that are not
+        drawn.
+
+    Raises
+    ------
+    ValueError
+        If a table that is not drawn is not given, or has another number of batches than there are generators.
+    """
+    made = copy.deepcopy(module)
+    tables, given = batch_tables(made), given or {}
+    for name, values in given.items():
+        if name not in tables or values.shape[tables[name]] != len(generators):
+            raise ValueError(f"{name}: got values {tuple(values.shape)} for {len(generators)} new batches")
+    for number, generator in enumerate(generators):
+        for name, dimension in tables.items():
+            own = given[name].select(dimension, number) if name in given else None
+            _append(made, generator, name, dimension, own)
+    n_batches = getattr(module, "n_batches")  # noqa: B009  # torch types every attribute as a tensor
+    setattr(made, "n_batches", n_batches + len(generators))  # noqa: B010
+    for layer in made.modules():
+        if isinstance(layer, SparseLinear):
+            layer.pending = None  # the old model's optimiser does not know this one
+    return made
+
+
+@torch.no_grad()
+def _append(
+    module: nn.Module, generator: torch.Generator, name: str, dimension: int, values: Tensor | None
+) -> None:
+    """One slice more for one table."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    table: Tensor = getattr(owner, leaf)
+    if values is None:
+        draw = owner.new_batch
+        assert callable(draw)
+        values = draw(leaf, generator)
+    parts = [table, values.to(table).unsqueeze(dimension)]
+    if table.shape[dimension] == 0:
+        parts.insert(1, torch.zeros_like(parts[1]))
+    longer = torch.cat(parts, dimension)
+    if isinstance(table, nn.Parameter):
+        setattr(owner, leaf, nn.Parameter(longer, requires_grad=table.requires_grad))
+    else:
+        owner.register_buffer(leaf, longer)
