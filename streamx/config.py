@@ -212,6 +212,19 @@ class ScviConfig:
 
 
 @dataclass(frozen=True)
+class ScanviConfig:
+    """scANVI: what it adds to scVI (Xu 2021; names and defaults as scvi-tools documents them)."""
+
+    linear_classifier: bool = option(False, "the classifier of labels is a single linear layer")
+    classification_ratio: float = option(50.0, "weight of the classification in the loss", least=0)
+    logits: bool = option(
+        True,
+        "the classifier gives logits; without, as before scvi-tools 1.1, the cross-entropy takes the softmax "
+        "of probabilities",
+    )
+
+
+@dataclass(frozen=True)
 class FreezeConfig:
     """What stays as it is while a reference model learns new batches (scArches; defaults as scvi-tools')."""
 

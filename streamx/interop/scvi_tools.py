@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from streamx.config import ScviConfig
+from streamx.config import ScanviConfig, ScviConfig
+from streamx.models.scanvi import Scanvi
 from streamx.models.scvi import Scvi
 from streamx.models.stack import Stack, n_columns
 
+ROWS = {"library_log_means", "library_log_vars", "y_prior"}  # of shape (1, n), ours (n,)
 Names = dict[str, list[str]]  # theirs -> ours, whose tensors lie side by side in theirs
 
 
@@ -80,15 +82,25 @@ def _of_scvi(module: Scvi) -> Names:
     return names
 
 
-def _names(module: nn.Module) -> Names:
-    if not isinstance(module, Scvi):
-        raise TypeError(f"{type(module).__name__} is no model that scvi-tools knows")
-    return _of_scvi(module)
+def _of_scanvi(module: Scanvi) -> Names:
+    names = {theirs: [f"vae.{name}" for name in ours] for theirs, ours in _of_scvi(module.vae).items()}
+    names |= {"y_prior": ["label_prior_l"]}
+    names |= _of_encoder(module.z2_encoder.stack, "encoder_z2_z1", "z2_encoder")
+    names |= _of_encoder(module.z1_decoder.stack, "decoder_z1_z2", "z1_decoder", "decoder")
+    if module.classifier.stack is None:
+        return names | _of_linear("classifier.classifier.0", "classifier.out")
+    names |= _of_stack(module.classifier.stack, "classifier.classifier.0", "classifier.stack")
+    return names | _of_linear("classifier.classifier.1", "classifier.out")
 
 
-def _unused(module: Scvi, names: Names) -> dict[str, tuple[int, ...]]:
+def _names(module: Scvi | Scanvi) -> Names:
+    return _of_scanvi(module) if isinstance(module, Scanvi) else _of_scvi(module)
+
+
+def _unused(module: Scvi | Scanvi, names: Names) -> dict[str, tuple[int, ...]]:
     """Tensors that scvi-tools makes whether or not the model uses them, and expects in a file."""
-    n_genes, n_hidden = module.n_genes, module.config.n_hidden
+    vae = module.vae if isinstance(module, Scanvi) else module
+    n_genes, n_hidden = vae.n_genes, vae.config.n_hidden
     shapes: dict[str, tuple[int, ...]] = {}
     for head in ("px_r_decoder", "px_dropout_decoder"):
         shapes |= {f"decoder.{head}.weight": (n_genes, n_hidden), f"decoder.{head}.bias": (n_genes,)}
@@ -107,18 +119,17 @@ def _sizes(module: nn.Module, ours: list[str]) -> tuple[int, ...]:
     return first if len(ours) == 1 else (first[0], sum(state[name].shape[1] for name in ours))
 
 
-def state_dict_of(module: nn.Module) -> dict[str, Tensor]:
+def state_dict_of(module: Scvi | Scanvi) -> dict[str, Tensor]:
     """Our module's tensors under the names and in the shapes of scvi-tools 1.4.
 
     Parts that scvi-tools makes and such a model never uses (the library encoder where the library size is
     observed) are there too, as zeros; norms among them as they begin.
     """
     names, state = _names(module), module.state_dict()
-    assert isinstance(module, Scvi)
     found = {}
     for theirs, ours in names.items():
         tensor = state[ours[0]] if len(ours) == 1 else torch.cat([state[name] for name in ours], 1)
-        found[theirs] = (tensor[None] if theirs.startswith("library_log_") else tensor).contiguous()
+        found[theirs] = (tensor[None] if theirs in ROWS else tensor).contiguous()
     for name, shape in _unused(module, names).items():
         ones = name.endswith(("0.1.weight", "running_var"))
         dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
@@ -126,36 +137,44 @@ def state_dict_of(module: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _config(settings: Mapping[str, Any]) -> ScviConfig:
-    known = {field.name for field in fields(ScviConfig)}
-    return ScviConfig(**{name: value for name, value in settings.items() if name in known})
-
-
-def module_from(kind: str, state_dict: Mapping[str, Any], settings: Mapping[str, Any]) -> Scvi:
+def module_from(kind: str, state_dict: Mapping[str, Any], settings: Mapping[str, Any]) -> Scvi | Scanvi:
     """Our module with the weights of a model of scvi-tools.
 
     Parameters
     ----------
     kind
-        ``scvi``.
+        ``scvi`` or ``scanvi``.
     state_dict
         Names -> tensors, as any release since 0.7 wrote them.
     settings
         What the shapes do not tell, under scvi-tools' own names: arguments of the model (``gene_likelihood``,
         ``use_layer_norm``, ``encode_covariates``, ...; defaults where absent), and ``n_cats_per_cov`` and
-        ``n_continuous_cov`` where the model has such covariates. Others are not looked at.
+        ``n_continuous_cov`` where the model has such covariates; for scANVI also ``scvi_version``, which
+        says whether the classifier was trained on logits (from 1.1 on; default). Others are not looked at.
 
     Raises
     ------
     ValueError
         If a tensor is missing or has another shape than the settings say.
     """
-    if kind != "scvi":
-        raise ValueError(f"got {kind!r}; known: scvi")
+    if kind not in ("scvi", "scanvi"):
+        raise ValueError(f"got {kind!r}; known: scvi, scanvi")
     state = normalised(state_dict)
-    module = _empty_scvi(state, settings)
+    vae = _empty_scvi(state, settings)
+    scanvi = kind == "scanvi"
+    module = Scanvi(vae, state["y_prior"].shape[1], _scanvi_config(settings)) if scanvi else vae
     _fill(module, state)
     return module
+
+
+def _scanvi_config(settings: Mapping[str, Any]) -> ScanviConfig:
+    version = re.match(r"(\d+)\.(\d+)", str(settings.get("scvi_version", "")))
+    since_logits = version is None or (int(version[1]), int(version[2])) >= (1, 1)
+    parameters = settings.get("classifier_parameters") or {}
+    return ScanviConfig(
+        linear_classifier=bool(settings.get("linear_classifier", False)),
+        logits=bool(parameters.get("logits", since_logits)),
+    )
 
 
 def _empty_scvi(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Scvi:
@@ -170,7 +189,8 @@ def _empty_scvi(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Scv
     n_batches = width - n_latent - n_continuous - sum(n_columns(n) for n in n_levels)
     means, vars_ = state.get("library_log_means"), state.get("library_log_vars")
     sizes = {"n_latent": n_latent, "n_hidden": n_hidden, "n_layers": n_layers}
-    config = _config({**settings, **sizes})
+    known = {field.name for field in fields(ScviConfig)}
+    config = ScviConfig(**{name: value for name, value in settings.items() if name in known} | sizes)
     return Scvi(
         n_genes,
         max(n_batches, 1),
@@ -182,14 +202,14 @@ def _empty_scvi(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Scv
     )
 
 
-def _fill(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+def _fill(module: Scvi | Scanvi, state: Mapping[str, Tensor]) -> None:
     """Copy their tensors into ours."""
     own = module.state_dict()
     with torch.no_grad():
         for theirs, ours in _names(module).items():
             want = _sizes(module, ours)
             got = state.get(theirs)
-            if got is not None and theirs.startswith("library_log_"):
+            if got is not None and theirs in ROWS:
                 got = got[0]
             if got is None or tuple(got.shape) != want:
                 found = "nothing" if got is None else tuple(got.shape)

@@ -56,7 +56,7 @@ def trainable(module: nn.Module, n_new: int, options: FreezeConfig | None = None
     for name, parameter in parameters.items():
         if _part(name) in whole or _moves_by_option(name, options):
             moves[name] = None
-        elif name in tables and not (name == "log_theta_gb" and options.freeze_dispersion):
+        elif name in tables and not (_part(name) == "log_theta_gb" and options.freeze_dispersion):
             moves[name] = last(parameter, tables[name], n_new)
     names = dict(module.named_modules())
     layers = [n for n, m in names.items() if isinstance(m, Layer) and _part(n) not in whole]
@@ -69,7 +69,8 @@ def trainable(module: nn.Module, n_new: int, options: FreezeConfig | None = None
 
 
 def _part(name: str) -> str:
-    return name.split(".", 1)[0]
+    """encoder, decoder, classifier, ...: also of a model inside another."""
+    return name.removeprefix("vae.").split(".", 1)[0]
 
 
 def _is_norm(name: str) -> bool:
@@ -88,7 +89,8 @@ def _moves_by_option(name: str, options: FreezeConfig) -> bool:
     if _is_norm(name):
         return "classifier" not in name and not _frozen_norm(name, options)
     first = {"encoder": options.freeze_expression, "decoder": options.freeze_decoder_first_layer}
-    return name.startswith(f"{_part(name)}.stack.layers.0.columns.") and not first.get(_part(name), True)
+    in_first = name.removeprefix("vae.").startswith(f"{_part(name)}.stack.layers.0.columns.")
+    return in_first and not first.get(_part(name), True)
 
 
 def last(table: Tensor, dimension: int, n_new: int) -> Tensor:

@@ -49,8 +49,8 @@ def extended(
     Parameters
     ----------
     module
-        A model with an attribute ``n_batches``; every part that holds a table of batches has a method
-        ``new_batch(name, generator)``, which gives the values of one batch more.
+        A model; every part of it that holds a table of batches has a method ``new_batch(name, generator)``,
+        which gives the values of one batch more. Attributes ``n_batches`` follow.
     generators
         CPU generators, one for each new batch.
     given
@@ -71,11 +71,11 @@ def extended(
         for name, dimension in tables.items():
             own = given[name].select(dimension, number) if name in given else None
             _append(made, generator, name, dimension, own)
-    n_batches = getattr(module, "n_batches")  # noqa: B009  # torch types every attribute as a tensor
-    setattr(made, "n_batches", n_batches + len(generators))  # noqa: B010
-    for layer in made.modules():
-        if isinstance(layer, SparseLinear):
-            layer.pending = None  # the old model's optimiser does not know this one
+    for part in made.modules():
+        if "n_batches" in vars(part):
+            vars(part)["n_batches"] += len(generators)
+        if isinstance(part, SparseLinear):
+            part.pending = None  # the old model's optimiser does not know this one
     return made
 
 

@@ -24,11 +24,19 @@ VAR_EPS = 1e-4
 
 
 class Encoder(nn.Module):
-    """A stack, then mean and variance of a normal distribution."""
+    """A stack, then mean and variance of a normal distribution; the variance is above ``var_eps``."""
 
-    def __init__(self, stack: Stack, n_hidden: int, n_out: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        stack: Stack,
+        n_hidden: int,
+        n_out: int,
+        generator: torch.Generator,
+        *,
+        var_eps: float = VAR_EPS,
+    ) -> None:
         super().__init__()
-        self.stack = stack
+        self.stack, self.var_eps = stack, var_eps
         self.mean = linear(n_hidden, n_out, generator)
         self.log_var = linear(n_hidden, n_out, generator)
 
@@ -42,7 +50,7 @@ class Encoder(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """(n, n_in) -> mean and variance, (n, n_out) float32."""
         h_nh = self.stack(x, batch_n, category_nc, continuous_nc, generator)
-        return self.mean(h_nh).float(), self.log_var(h_nh).float().exp() + VAR_EPS
+        return self.mean(h_nh).float(), self.log_var(h_nh).float().exp() + self.var_eps
 
 
 class Decoder(nn.Module):
@@ -273,15 +281,19 @@ class Scvi(nn.Module):
         """What the loss is made of, per cell (n,): -ln p(x | z, l) at one draw, and KL divergences."""
         mean_nk, var_nk = self.encode(cells, generator)
         z_nk = self.latent(gaussian.draw(mean_nk, var_nk, generator))
-        found = {"reconstruction": torch.empty(0), "kl": gaussian.kl(mean_nk, var_nk).sum(1)}
+        library_n, of_library = self.library(cells, generator)
+        found = {"reconstruction": self.reconstruction(z_nk, library_n, cells)}
+        return found | {"kl": gaussian.kl(mean_nk, var_nk).sum(1)} | of_library
+
+    def library(
+        self, cells: Cells, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """ln of the library sizes (n,): observed, or a draw, with its KL divergence as ``kl_library``."""
         if self.library_encoder is None:
-            library_n = observed_library(cells)
-        else:
-            l_mean_n, l_var_n = self.encode_library(cells, generator)
-            library_n = gaussian.draw(l_mean_n, l_var_n, generator)
-            found["kl_library"] = gaussian.kl(l_mean_n, l_var_n, *self._library_prior(cells))
-        found["reconstruction"] = self.reconstruction(z_nk, library_n, cells)
-        return found
+            return observed_library(cells), {}
+        mean_n, var_n = self.encode_library(cells, generator)
+        kl_n = gaussian.kl(mean_n, var_n, *self._library_prior(cells))
+        return gaussian.draw(mean_n, var_n, generator), {"kl_library": kl_n}
 
     def reconstruction(self, z_nk: Tensor, library_n: Tensor, cells: Cells) -> Tensor:
         """-ln p(x | z, l), summed over genes: (n,)."""
