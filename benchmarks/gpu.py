@@ -46,7 +46,7 @@ from streamx.train.feed import make_loader, training_inputs  # noqa: E402
 from streamx.train.fit import State, fit, make_optimizer  # noqa: E402
 from streamx.train.graph import RecordedStep  # noqa: E402
 from streamx.train.latent import latents  # noqa: E402
-from streamx.train.run import named_losses  # noqa: E402
+from streamx.train.scalex import named_losses  # noqa: E402
 
 N_GENES, N_BATCHES, N_TYPES, VALUES = 2_000, 8, 24, 170
 TRANSFORM = {"binarize": False, "target_sum": 1e4, "total": "view_total", "log1p": True, "scale": "batch"}

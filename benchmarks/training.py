@@ -95,7 +95,7 @@ def run_ours(way: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]:
     from streamx.train.feed import make_loader, training_inputs
     from streamx.train.fit import State, fit, make_optimizer
     from streamx.train.latent import latents
-    from streamx.train.run import named_losses
+    from streamx.train.scalex import named_losses
 
     torch.set_num_threads(1)
     cpu = torch.device("cpu")

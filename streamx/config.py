@@ -182,6 +182,72 @@ class ScalexConfig:
     kl_weight: float = option(0.5, "weight of the KL divergence")
 
 
+# What a training setting that is left out means, model by model. The count models' values are those that
+# scvi-tools and scArches document; of epochs, "by size" is min(400, round(20000 / cells x 400)).
+TRAINING: dict[str, dict[str, Any]] = {
+    "scalex": {
+        "max_iteration": 30_000,
+        "max_epochs": None,
+        "minibatch_size": 64,
+        "lr": 2e-4,
+        "weight_decay": 5e-4,
+        "patience": 10,
+        "norm": "matched",
+    },
+    "scvi": {
+        "max_iteration": None,
+        "max_epochs": None,  # by size
+        "minibatch_size": 128,
+        "lr": 1e-3,
+        "eps": 0.01,
+        "weight_decay": 1e-6,
+        "patience": 0,
+        "threshold": 0.0,
+        "lr_patience": 0,
+        "lr_factor": 0.5,
+        "train_size": 0.9,
+        "warmup_epochs": 400,
+        "warmup_steps": None,
+        "sampling": "shuffled",
+    },
+}
+TRAINING["scanvi"] = TRAINING["scvi"] | {"classification_ratio": 50.0}
+TRAINING["totalvi"] = TRAINING["scvi"] | {
+    "max_epochs": 400,
+    "minibatch_size": 256,
+    "lr": 4e-3,
+    "patience": 45,
+    "lr_patience": 30,
+    "lr_factor": 0.6,
+    "warmup_epochs": None,  # by steps: three quarters of the number of cells
+}
+TRAINING["trvae"] = TRAINING["scvi"] | {
+    "max_epochs": 400,
+    "weight_decay": 0.04,
+    "patience": 20,
+    "lr_patience": 7,
+    "lr_factor": 0.1,
+    "warmup_epochs": 0,
+    "sampling": "balanced",
+}
+# What scArches sets so that a reference can be extended by surgery (scvi, scanvi).
+ARCHES: dict[str, Any] = {
+    "n_layers": 2,
+    "encode_covariates": True,
+    "deeply_inject_covariates": False,
+    "use_layer_norm": "both",
+    "use_batch_norm": "none",
+}
+
+
+def _defaults(name: str) -> str:
+    """How a setting's defaults read in its help."""
+    found = {model: values[name] for model, values in TRAINING.items() if values.get(name) is not None}
+    if len(set(found.values())) == 1:
+        return f"default: {next(iter(found.values()))}" + ("" if len(found) > 1 else f", {next(iter(found))}")
+    return "default: " + ", ".join(f"{model} {value:g}" for model, value in found.items())
+
+
 @dataclass(frozen=True)
 class ScviConfig:
     """scVI: network and loss (Lopez 2018; names and defaults as scvi-tools documents them)."""
@@ -285,13 +351,62 @@ class TrvaeFreezeConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    model: str = option("scalex", "which model", choices=("scalex",))
-    max_iteration: int = option(30_000, "training steps; epochs = ceil(max_iteration / steps per epoch)")
-    lr: float = option(2e-4, "learning rate of Adam")
-    weight_decay: float = option(5e-4, "weight decay of Adam (L2)")
-    minibatch_size: int = option(64, "cells per minibatch")
+    # Typed as they are once `train` has filled in what was left out.
+    model: str = option("scalex", "which model", choices=tuple(TRAINING))
+    label_key: str | None = option(None, "obs column with labels (scanvi; scvi with dispersion gene-label)")
+    unlabeled: str = option("Unknown", "label that means none (missing ones always do)")
+    category_keys: tuple[str, ...] = option((), "further categorical covariates: obs columns", many=True)
+    continuous_keys: tuple[str, ...] = option((), "continuous covariates: obs columns", many=True)
+    protein_key: str = option("protein_expression", "obsm matrix of protein counts (totalvi)")
+    arches: bool = option(
+        False,
+        "scArches' settings of the network, for references that surgery extends: two layers, layer norm, "
+        "the encoder sees the batch (scvi, scanvi)",
+    )
+    init: str | None = option(
+        None, "a model to begin from: scanvi from a trained scvi, any model from one of its own kind"
+    )
+    max_iteration: int | None = option(
+        None,
+        "training steps; epochs = ceil(max_iteration / steps per epoch) (default: scalex 30000, "
+        "others by --max-epochs)",
+        least=1,
+    )
+    max_epochs: int | None = option(
+        None, "epochs (default: totalvi, trvae 400; scvi, scanvi by size: 400 up to 20,000 cells)", least=1
+    )
+    lr: float = option(None, f"learning rate of Adam ({_defaults('lr')})")
+    eps: float | None = option(None, "eps of Adam (count models; default: 0.01)")
+    weight_decay: float = option(None, f"weight decay of Adam (L2) ({_defaults('weight_decay')})")
+    minibatch_size: int = option(None, f"cells per minibatch ({_defaults('minibatch_size')})")
     accumulate: int = option(1, "minibatches per step; a step follows their mean gradient")
-    patience: int = option(10, "stop after this many epochs without a lower loss; the best epoch is restored")
+    patience: int = option(
+        None,
+        "stop after this many epochs without a lower loss, and restore the best epoch; 0: train all epochs, "
+        f"keep the last ({_defaults('patience')}). Count models go by the validation cells' loss",
+        least=0,
+    )
+    threshold: float | None = option(None, "a loss is lower if lower by more than this (default: 0)", least=0)
+    lr_patience: int | None = option(
+        None, f"lower the learning rate after so many epochs without (0: never; {_defaults('lr_patience')})"
+    )
+    lr_factor: float | None = option(None, f"... by this factor ({_defaults('lr_factor')})")
+    train_size: float | None = option(
+        None, "share of the cells to train on; the others validate (default: scalex 1, others 0.9)"
+    )
+    warmup_epochs: int | None = option(
+        None, f"epochs in which the weight of the KL divergence rises to 1 ({_defaults('warmup_epochs')})"
+    )
+    warmup_steps: int | None = option(
+        None, "... or steps (default: totalvi three quarters of the number of cells)"
+    )
+    sampling: str | None = option(
+        None,
+        "shuffled: every cell once per epoch; balanced: every batch equally often, with replacement "
+        "(default: trvae balanced, others shuffled)",
+        choices=("shuffled", "balanced"),
+    )
+    classification_ratio: float | None = option(None, "weight of the classifier's loss (scanvi; default: 50)")
     seed: int = option(124, "seed of weights, order and noise")
     checkpoint_seconds: float = option(30.0, "seconds between checkpoints, at least")
     device: str = option("auto", "cpu, cuda, cuda:1, or auto")
@@ -302,19 +417,23 @@ class TrainConfig:
     )
     graph: str = option(
         "auto",
-        "record a step once and replay it, which spares the host launching its operations: auto (with one "
-        "process on a GPU), on, off",
+        "record a step of SCALEX once and replay it, which spares the host launching its operations: auto "
+        "(with one process on a GPU), on, off",
         choices=("auto", "on", "off"),
     )
-    norm: str = option(
-        "matched",
-        "statistics of the encoder's batch norm for the latents: matched (each batch moved to what the "
-        "reference has at its composition), running, domain (each batch's own, exact), minibatch (the "
-        "original's)",
+    norm: str | None = option(
+        None,
+        "of SCALEX, statistics of the encoder's batch norm for the latents: matched (each batch moved to "
+        "what the reference has at its composition), running, domain (each batch's own, exact), minibatch "
+        "(the original's) (default: matched)",
         choices=("matched", "running", "domain", "minibatch"),
     )
     memory: str = option("4GB", "memory that the loader may use")
     threads: int = option(0, "threads that read ahead (0: one per core); training itself uses one", least=0)
+
+
+# The settings of each model's network.
+NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig}
 
 
 @dataclass(frozen=True)
@@ -442,9 +561,9 @@ class IntegrateConfig:
     n_obs: int | None = option(None, "take this many cells, at random")
     use_layer: str = option("X", "layer or obsm matrix to use instead of X; it is only scaled")
     backed: bool = option(False, "accepted; data are always streamed")
-    batch_size: int = option(TrainConfig.minibatch_size, "cells per training step")
-    lr: float = option(TrainConfig.lr, "learning rate")
-    max_iteration: int = option(TrainConfig.max_iteration, "training steps")
+    batch_size: int = option(TRAINING["scalex"]["minibatch_size"], "cells per training step")
+    lr: float = option(TRAINING["scalex"]["lr"], "learning rate")
+    max_iteration: int = option(TRAINING["scalex"]["max_iteration"], "training steps")
     seed: int = option(TrainConfig.seed, "seed")
     gpu: int = option(0, "number of the GPU, if there is one")
     outdir: str | None = option(None, "folder for the results")

@@ -29,6 +29,7 @@ from streamx.store.order import unique_names
 from streamx.store.scratch import new_array, pieces
 from streamx.train.model import Model
 
+Found = tuple[list[str] | None, np.ndarray]  # categories and codes (-1: none), or None and numbers
 _NAMED = re.compile(r"^([^=/\\]+)=(.+)$", re.DOTALL)
 BLOCK_ROWS = 4096
 PASSED = "passed_qc"
@@ -400,8 +401,12 @@ def _batch_names(source: Source, batch_key: str, low: int, high: int) -> np.ndar
     return names.to_numpy(dtype=object)
 
 
-def query_obs(query: Query, order: np.ndarray | int, folder: Path) -> Obs:
+def query_obs(
+    query: Query, order: np.ndarray | int, folder: Path, found: Mapping[str, Found] | None = None
+) -> Obs:
     """obs of some cells, in the order given, under their original names; files for it lie in the folder.
+
+    ``found``: further columns, a value per cell of the query.
 
     Several files: the union of their columns, and a column with each cell's file. Names that occur twice get
     their file's key; the original ones are kept in a column then.
@@ -420,6 +425,10 @@ def query_obs(query: Query, order: np.ndarray | int, folder: Path) -> Obs:
         schema[cells.FILE] = {"dtype": "category", "categories": keys}
         columns[cells.FILE] = lambda rows: code_f[file_of(rows, lengths)[0]]
     schema[PASSED], columns[PASSED] = {"dtype": "bool"}, query.passed_n.__getitem__
+    for name, (categories, value_n) in (found or {}).items():
+        dtype = {"dtype": "float32"} if categories is None else {"dtype": "category"}
+        schema[name] = dtype if categories is None else dtype | {"categories": categories}
+        columns[name] = value_n.__getitem__
     return gathered(order, names, columns, schema)
 
 

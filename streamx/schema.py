@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +15,54 @@ WARN_BELOW = 0.8
 REFUSE_BELOW = 0.5
 _VERSION = re.compile(r"^(ENS[A-Z]*\d{6,})\.\d+$")
 _ENSEMBL = re.compile(r"^ENS([A-Z]*)[GTPE]\d{6,}")
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Genes and categories that a model was trained on; a category's code is its position.
+
+    Attributes
+    ----------
+    genes
+        Features of the input, in order.
+    batches, batch_key
+        Names of the batches, and the obs column that holds them.
+    labels, label_key, unlabeled
+        Labels and their obs column, where the model was shown any; and what stands for none.
+    categories
+        Further categorical covariates: (obs column, names) each.
+    continuous
+        Continuous covariates: obs columns.
+    proteins, protein_key
+        Names of the proteins and the obsm matrix that holds their counts.
+    """
+
+    genes: tuple[str, ...]
+    batches: tuple[str, ...] = ()
+    batch_key: str | None = None
+    labels: tuple[str, ...] = ()
+    label_key: str | None = None
+    unlabeled: str | None = None
+    categories: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    continuous: tuple[str, ...] = ()
+    proteins: tuple[str, ...] = ()
+    protein_key: str | None = None
+
+    @classmethod
+    def of(cls, card: Mapping[str, Any]) -> Schema:
+        """From JSON; what it does not say is empty."""
+        known = {f.name: card[f.name] for f in fields(cls) if f.name in card}
+        for name, value in known.items():
+            if name == "categories":
+                known[name] = tuple((str(key), tuple(names)) for key, names in value)
+            elif isinstance(value, list):
+                known[name] = tuple(value)
+        return cls(**known)
+
+    def with_batches(self, names: Iterable[str]) -> Schema:
+        """The same and these batches, where they are new, after the old ones."""
+        known = set(self.batches)
+        return replace(self, batches=self.batches + tuple(n for n in names if n not in known))
 
 
 @dataclass(frozen=True)

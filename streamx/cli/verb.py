@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any
 
@@ -51,10 +51,16 @@ def default_text(setting: Field[Any]) -> str:
     return f" (default: {value})"
 
 
-def add_settings(parser: argparse._ActionsContainer, config: type, skip: tuple[str, ...] = ()) -> None:
+def add_settings(
+    parser: argparse._ActionsContainer,
+    config: type,
+    skip: tuple[str, ...] = (),
+    defaults: Mapping[str, str] = types.MappingProxyType({}),
+) -> None:
     """One option per field of a config class; what is not given stays absent: the library's default holds.
 
     A field that is False by default is a flag; one that is True is switched off by ``--no-<name>``.
+    ``defaults``: what the help says of them instead, by name.
     """
     hints = typing.get_type_hints(config)
     for setting in fields(config):
@@ -75,9 +81,29 @@ def add_settings(parser: argparse._ActionsContainer, config: type, skip: tuple[s
                 nargs="+" if many else None,
                 choices=setting.metadata.get("choices"),
                 metavar=None if setting.metadata.get("choices") else METAVARS[kind],
-                help=help + default_text(setting),
+                help=help + defaults.get(setting.name, default_text(setting)),
                 **common,
             )
+
+
+def add_networks(parser: argparse.ArgumentParser, networks: Mapping[str, type]) -> None:
+    """One option per setting of any network; of those that several have, in the group of the first.
+
+    Where their defaults differ, the help says each.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, config in networks.items():
+        for setting in fields(config):
+            found.setdefault(setting.name, {})[name] = setting.default
+    differ = {
+        option: f" (default: {', '.join(f'{name} {value}' for name, value in values.items())})"
+        for option, values in found.items()
+        if len(set(values.values())) > 1
+    }
+    for name, config in networks.items():
+        others = tuple(option for option, values in found.items() if next(iter(values)) != name)
+        if len(others) < len(found):
+            add_settings(parser.add_argument_group(f"network of {name}"), config, others, differ)
 
 
 def given(args: argparse.Namespace, *configs: type, skip: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def _trained(inputs: dict[str, Any], call: IntegrateConfig, names: list[str] | N
     )
     model = load_model(folder / "model")
     write_checkpoint(folder / "checkpoint", model.module, list(model.genes))
-    adata = assemble(view, list(inputs), latents(model.module, view, model.norm, model.stats))
+    adata = assemble(view, list(inputs), latents(model.module, view, model.norm or "running", model.stats))
     return _finished(adata, model, call, folder)
 
 

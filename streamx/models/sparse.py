@@ -128,8 +128,8 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         d_nh = grads[0].contiguous()
-        if not ctx.needs_input_grad[0]:  # frozen
-            return None, d_nh.sum(0), None, None
+        if not ctx.needs_input_grad[0]:  # frozen, as surgery leaves it
+            return None, d_nh.sum(0) if ctx.needs_input_grad[1] else None, None, None
         if ctx.layer.pending is not None:
             ctx.layer.pending.append((ctx.x, d_nh.numpy()))
             return None, d_nh.sum(0), None, None

@@ -30,8 +30,16 @@ class Adam:
         Take gradients of sparse layers as factors. Not where other processes add to the gradients.
     """
 
-    def __init__(self, module: nn.Module, lr: float, weight_decay: float, *, factors: bool = True) -> None:
-        self.lr, self.weight_decay = lr, weight_decay
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: float,
+        weight_decay: float,
+        *,
+        eps: float = EPS,
+        factors: bool = True,
+    ) -> None:
+        self.lr, self.weight_decay, self.eps = lr, weight_decay, eps
         self.parameters = list(module.parameters())
         self.layers = [layer for layer in module.modules() if isinstance(layer, SparseLinear)]
         for layer in self.layers:
@@ -70,7 +78,7 @@ class Adam:
     def _rates(self, t: int) -> np.ndarray:
         """What the kernel needs to know about step t, float32 (6,)."""
         beta1, beta2 = BETAS
-        rates = (self.lr / (1 - beta1**t), beta1, beta2, EPS, self.weight_decay, (1 - beta2**t) ** -0.5)
+        rates = (self.lr / (1 - beta1**t), beta1, beta2, self.eps, self.weight_decay, (1 - beta2**t) ** -0.5)
         return np.array(rates, np.float32)
 
     def state_dict(self) -> dict[str, Any]:

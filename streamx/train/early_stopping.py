@@ -1,4 +1,4 @@
-"""When to stop: a rule over the losses of epochs, as plain data."""
+"""When to stop, and when to slow down: rules over the losses of epochs, as plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class EarlyStopping:
     Attributes
     ----------
     patience
-        Epochs without improvement that end the training.
+        Epochs without improvement that end the training; 0: they never do, and no epoch counts as the best.
     best
         Lowest loss so far.
     best_epoch
@@ -22,6 +22,12 @@ class EarlyStopping:
         Epochs since then.
     stopped
         The rule says stop.
+    threshold
+        A loss improves if it is lower by more than this.
+    lr_patience, lr_factor
+        After so many epochs without improvement the learning rate is multiplied by the factor; 0: never.
+    lr_waited, lr_scale
+        Epochs since the last improvement or change of the rate; the product of all factors so far.
     """
 
     patience: int
@@ -29,14 +35,24 @@ class EarlyStopping:
     best_epoch: int = -1
     waited: int = 0
     stopped: bool = False
+    threshold: float = 0.0
+    lr_patience: int = 0
+    lr_factor: float = 1.0
+    lr_waited: int = 0
+    lr_scale: float = 1.0
 
     def after(self, epoch: int, loss: float) -> EarlyStopping:
         """The state after one more epoch."""
         if math.isnan(loss):
             return replace(self, waited=self.waited + 1, stopped=True)
-        if loss < self.best:
-            return replace(self, best=loss, best_epoch=epoch, waited=0)
-        return replace(self, waited=self.waited + 1, stopped=self.waited + 1 >= self.patience)
+        if loss < self.best - self.threshold:
+            return replace(self, best=loss, best_epoch=epoch, waited=0, lr_waited=0)
+        waited, lr_waited, lr_scale = self.waited + 1, self.lr_waited + 1, self.lr_scale
+        if self.lr_patience and lr_waited >= self.lr_patience:
+            lr_waited, lr_scale = 0, lr_scale * self.lr_factor
+        stopped = bool(self.patience) and waited >= self.patience
+        return replace(self, waited=waited, stopped=stopped, lr_waited=lr_waited, lr_scale=lr_scale)
 
-    def improved_at(self, epoch: int) -> bool:
-        return self.best_epoch == epoch
+    def keeps(self, epoch: int) -> bool:
+        """Whether this epoch is the best so far, whose weights will be restored."""
+        return bool(self.patience) and self.best_epoch == epoch

@@ -16,13 +16,15 @@ from streamx.store.collection import Collection
 from streamx.train.fit import seed_of
 
 
-def make_loader(view: Collection, minibatch_size: int, *, device: torch.device, **options: Any) -> Loader:
+def make_loader(
+    view: Collection, minibatch_size: int, *, device: torch.device, sparse: bool = True, **options: Any
+) -> Loader:
     """A loader of what :func:`inputs` gives to a model on ``device``.
 
-    On the CPU sparse, unless the view is dense. That depends on the view alone: the two ways round
-    differently.
+    On the CPU sparse, unless the model takes no sparse rows or the view is dense. That depends on these
+    alone: the two ways round differently.
     """
-    dense = view.nnz > DENSITY_LIMIT * view.n_obs * view.n_vars
+    dense = not sparse or view.nnz > DENSITY_LIMIT * view.n_obs * view.n_vars
     if device.type == "cpu" and not dense:
         return Loader(view, minibatch_size, output="csr", **options)
     return Loader(view, minibatch_size, device=device, **options)

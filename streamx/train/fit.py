@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from streamx.train.adam import Adam
+from streamx.train.adam import EPS, Adam
 from streamx.train.distributed import ALONE, Counts, Ranks, tracked
 from streamx.train.early_stopping import EarlyStopping
 from streamx.train.stop import Stop
@@ -26,6 +26,15 @@ class Optimizer(Protocol):
 
     def zero_grad(self) -> None: ...
     def step(self) -> Any: ...
+
+
+def set_rate(optimizer: Any, lr: float) -> None:
+    """Change the learning rate of an optimiser, ours or torch's."""
+    if isinstance(optimizer, torch.optim.Optimizer):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+    else:
+        optimizer.lr = lr
 
 
 @dataclass
@@ -58,14 +67,16 @@ class State:
     sums: Tensors = field(default_factory=dict)
 
 
-def make_optimizer(module: nn.Module, lr: float, weight_decay: float, ranks: Ranks = ALONE) -> Any:
+def make_optimizer(
+    module: nn.Module, lr: float, weight_decay: float, ranks: Ranks = ALONE, *, eps: float = EPS
+) -> Any:
     """Adam with L2 weight decay in one pass over the weights: on the CPU our own, elsewhere torch's."""
     device = next(module.parameters()).device.type
     if device == "cpu":
-        return Adam(module, lr, weight_decay, factors=not ranks.several)
+        return Adam(module, lr, weight_decay, eps=eps, factors=not ranks.several)
     on_gpu = device == "cuda"
     return torch.optim.Adam(
-        module.parameters(), lr=lr, weight_decay=weight_decay, fused=on_gpu, capturable=on_gpu
+        module.parameters(), lr=lr, eps=eps, weight_decay=weight_decay, fused=on_gpu, capturable=on_gpu
     )
 
 
@@ -81,6 +92,8 @@ def fit(
     accumulate: int = 1,
     precision: AbstractContextManager[Any] = FULL,
     whole_step: Callable[..., Tensors] | None = None,
+    validate: Callable[[int], tuple[Tensors, float]] | None = None,
+    lr: float | None = None,
     keep: Callable[[State, bool], None] = lambda state, now: None,
     ranks: Ranks = ALONE,
     progress: bool = True,
@@ -112,6 +125,12 @@ def fit(
     whole_step
         (*minibatch) -> named losses, all of the step done: in place of the loop's own steps of one minibatch
         in one process (:class:`streamx.train.graph.RecordedStep`).
+    validate
+        (epoch) -> sums of named losses over this process's validation cells, and how many these are; called
+        after each epoch, in evaluation mode. Their means join the history as ``validation_<name>``, and
+        early stopping goes by ``validation_loss``.
+    lr
+        The learning rate that early stopping scales; None: it stays as it is.
     keep
         The place to write checkpoints: called with the state after each step and each epoch, and whether this
         has to be kept now (the process is about to stop, or training is over). With several processes only
@@ -135,6 +154,8 @@ def fit(
     with bar, Stop() as stop:
         while state.epoch < n_epochs and not state.stopping.stopped:
             module.train()
+            if lr is not None:
+                set_rate(optimizer, lr * state.stopping.lr_scale)
             before = tracked(module) if ranks.several else {}
             groups = _grouped(minibatches(state.epoch, state.minibatch), accumulate)
             for group in groups if n_steps is None else _padded(groups, n_steps):
@@ -155,7 +176,7 @@ def fit(
                     keep(state, stopping)
                 if stopping:
                     stop.obey()
-            _end_epoch(module, state, ranks, before)
+            _end_epoch(module, state, ranks, before, validate)
             keep(state, state.epoch == n_epochs or state.stopping.stopped)
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in state.history[-1].items()})
@@ -165,20 +186,38 @@ def fit(
     return state
 
 
-def _end_epoch(module: nn.Module, state: State, ranks: Ranks, before: Counts) -> None:
+def _end_epoch(
+    module: nn.Module,
+    state: State,
+    ranks: Ranks,
+    before: Counts,
+    validate: Callable[[int], tuple[Tensors, float]] | None,
+) -> None:
     """Mean losses over the minibatches of all processes, read this one time; the best weights."""
     ranks.average_statistics(module, before)
-    device = next(module.parameters()).device
-    count = torch.tensor(float(state.minibatch), dtype=torch.float64, device=device)
     names = ranks.share(list(state.sums))  # a process may have had no minibatch at all
-    parts = [state.sums.get(name, torch.zeros_like(count)) for name in names]
-    n, *sums = ranks.total(torch.stack([count, *parts])).tolist()
-    means = {name: value / n for name, value in zip(names, sums, strict=True)}
+    means = _means(module, names, state.sums, state.minibatch, ranks)
+    judged = means["loss"]
+    if validate is not None:
+        module.eval()
+        sums, n = validate(state.epoch)
+        found = _means(module, ranks.share(list(sums)), sums, n, ranks)
+        means |= {f"validation_{name}": value for name, value in found.items()}
+        judged = found["loss"]
     state.history.append({"epoch": state.epoch} | means)
-    state.stopping = state.stopping.after(state.epoch, means["loss"])
-    if state.stopping.improved_at(state.epoch):
+    state.stopping = state.stopping.after(state.epoch, judged)
+    if state.stopping.keeps(state.epoch):
         state.best = snapshot(module)
     state.epoch, state.minibatch, state.sums = state.epoch + 1, 0, {}
+
+
+def _means(module: nn.Module, names: list[str], sums: Tensors, n: float, ranks: Ranks) -> dict[str, float]:
+    """Sums of all processes over their counts."""
+    device = next(module.parameters()).device
+    count = torch.tensor(float(n), dtype=torch.float64, device=device)
+    parts = [sums.get(name, torch.zeros_like(count)) for name in names]
+    total, *of_all = ranks.total(torch.stack([count, *parts])).tolist()
+    return {name: value / total for name, value in zip(names, of_all, strict=True)}
 
 
 def _add(sums: Tensors, losses: Tensors) -> None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +22,17 @@ import numpy as np
 import torch
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
+from torch import nn
 
-from streamx.config import ScalexConfig
 from streamx.errors import BadFileError, IncompleteError, IntegrityError
 from streamx.interop.scalex import read_checkpoint
 from streamx.loader.transform import Transform
 from streamx.models.matched import Clusters
-from streamx.models.scalex import NormStats, Scalex
+from streamx.models.scalex import NormStats
+from streamx.schema import Schema
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import describe, dump
+from streamx.train.build import build_module, network_of
 
 FORMAT = 1
 WEIGHTS = "model.safetensors"
@@ -43,12 +46,12 @@ class Model:
 
     Attributes
     ----------
+    kind
+        ``scalex``, ``scvi``, ``scanvi``, ``totalvi`` or ``trvae``.
     module
         The network, in evaluation mode.
-    genes
-        Features of its input, in order.
-    batches
-        Names of the reference batches; a batch's code is its position. Empty where they are unknown.
+    schema
+        Genes and categories that it knows; no batches where they are unknown.
     transform
         From counts to input.
     min_features
@@ -58,7 +61,8 @@ class Model:
     total
         What a cell's total counts: ``kept`` or ``all`` genes but the dropped, or the ``selected`` ones.
     scale_bg
-        Table of the transform's division, float32 (n_batches, n_genes); None if unknown or unused.
+        Table of the transform's division, float32 (n_batches, n_genes); None if unknown or unused. It and
+        the next three are SCALEX's.
     stats
         Statistics of the encoder's pre-activations over the reference; None if unknown.
     clusters
@@ -71,9 +75,9 @@ class Model:
         ``model.json``: what this value holds, and where it comes from.
     """
 
-    module: Scalex
-    genes: tuple[str, ...]
-    batches: tuple[str, ...]
+    kind: str
+    module: Any
+    schema: Schema
     transform: Transform
     min_features: int
     drop: tuple[str, ...]
@@ -81,10 +85,25 @@ class Model:
     scale_bg: np.ndarray | None
     stats: NormStats | None
     clusters: Clusters | None
-    norm: str
+    norm: str | None
     id: str
     path: Path | str
     card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def genes(self) -> tuple[str, ...]:
+        """Features of its input, in order."""
+        return self.schema.genes
+
+    @property
+    def batches(self) -> tuple[str, ...]:
+        """Names of the reference batches; a batch's code is its position."""
+        return self.schema.batches
+
+    @property
+    def latent_key(self) -> str:
+        """obsm key of its latents."""
+        return f"X_{self.kind}"
 
     @property
     def pooled_scale_g(self) -> np.ndarray | None:
@@ -93,25 +112,14 @@ class Model:
 
 
 def save_weights(
-    location: Location, module: Scalex, scale_bg: np.ndarray | None, stats: NormStats, clusters: Clusters
+    location: Location, module: nn.Module, tables: Mapping[str, np.ndarray]
 ) -> tuple[str, list[Any]]:
     """Write weights and tables: their SHA-256, and (bytes, crc32c)."""
     tensors = {
         f"weights.{name}": value.detach().cpu().contiguous() for name, value in module.state_dict().items()
     }
-    mean_h, var_h = stats.pooled()
-    tables = {
-        "n_b": stats.n_b,
-        "mean_bh": stats.mean_bh,
-        "var_bh": stats.var_bh,
-        "mean_h": mean_h,
-        "var_h": var_h,
-        "scale_bg": scale_bg,
-        **asdict(clusters),
-    }
     for name, table in tables.items():
-        if table is not None:
-            tensors[f"tables.{name}"] = torch.as_tensor(np.ascontiguousarray(table))
+        tensors[f"tables.{name}"] = torch.as_tensor(np.ascontiguousarray(table))
     data = save_tensors(tensors)
     location.write(WEIGHTS, data)
     return hashlib.sha256(data).hexdigest(), describe(data)
@@ -179,21 +187,23 @@ def load_model(path: str | Path | Location) -> Model:
             fix="restore it from a copy, or train again",
         )
     tensors = load_tensors(data)
-    module = Scalex(len(card["genes"]), max(1, len(card["batches"])), ScalexConfig(**card["network"]))
+    kind, schema = card["model"], Schema.of(card)
+    module = build_module(kind, schema, network_of(kind, card["network"]))
     module.load_state_dict({k[8:]: v for k, v in tensors.items() if k.startswith("weights.")})
     tables = {k[7:]: v.numpy() for k, v in tensors.items() if k.startswith("tables.")}
     preprocessing = card["preprocessing"]
+    scalex = kind == "scalex"
     return Model(
+        kind=kind,
         module=module.eval(),
-        genes=tuple(card["genes"]),
-        batches=tuple(card["batches"]),
+        schema=schema,
         transform=Transform.of(preprocessing["transform"]),
         min_features=preprocessing["recipe"]["min_features"],
         drop=tuple(preprocessing["recipe"]["drop"]),
         total=preprocessing["recipe"]["total"],
         scale_bg=tables.get("scale_bg"),
-        stats=NormStats(tables["n_b"], tables["mean_bh"], tables["var_bh"]),
-        clusters=Clusters(**{f.name: tables[f.name] for f in fields(Clusters)}),
+        stats=NormStats(tables["n_b"], tables["mean_bh"], tables["var_bh"]) if scalex else None,
+        clusters=Clusters(**{f.name: tables[f.name] for f in fields(Clusters)}) if scalex else None,
         norm=card["norm"],
         id=card["id"],
         path=location.root,
@@ -206,9 +216,9 @@ def _from_scalex(folder: Path) -> Model:
     module, genes = read_checkpoint(folder)
     weights = save_tensors({name: value.contiguous() for name, value in module.state_dict().items()})
     return Model(
+        kind="scalex",
         module=module,
-        genes=tuple(genes),
-        batches=(),
+        schema=Schema(genes=tuple(genes)),
         transform=SCALEX_RNA,
         min_features=600,
         drop=("ERCC", "MT-", "mt-"),

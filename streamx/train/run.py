@@ -6,43 +6,44 @@ import hashlib
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from functools import partial
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import nn
 
 import streamx
-from streamx.config import ScalexConfig, TrainConfig, build
+from streamx.config import ARCHES, TRAINING, TrainConfig, build
 from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, UsageError, warn
-from streamx.models.matched import Clusters
-from streamx.models.scalex import NormStats, Scalex
+from streamx.schema import Schema
 from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference
 from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import MARKER, describe, dump
-from streamx.threads import thread_count
+from streamx.train import counts, scalex
+from streamx.train.adam import EPS
+from streamx.train.build import network_of
 from streamx.train.checkpoint import Throttle, find_state, restore, save_state
 from streamx.train.device import can_record, check_device, one_torch_thread, pick_device, precision_of
 from streamx.train.distributed import Ranks, together
 from streamx.train.early_stopping import EarlyStopping
-from streamx.train.feed import make_loader, training_inputs
-from streamx.train.fit import State, fit, make_optimizer, seed_of
+from streamx.train.fit import State, fit, make_optimizer
 from streamx.train.graph import RecordedStep
-from streamx.train.latent import latents, match_reference, view_stats
 from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, seal
+from streamx.train.task import Finished, Run, Task
 
 log = logging.getLogger("streamx")
 
 # Settings that change how the work is done and not its result.
 _FREE = ("device", "graph", "memory", "threads", "checkpoint_seconds")
+# Settings that not every model has.
+_SOME_MODELS = {name for values in TRAINING.values() for name in values}
+_POSITIVE = ("minibatch_size", "accumulate", "lr", "n_latent", "n_hidden", "n_layers", "train_size")
 # Settings that came later: models that say nothing of them have the default.
-_LATER = ("accumulate", "precision")
+_LATER = ("accumulate", "precision", "unlabeled", "category_keys", "continuous_keys", "protein_key", "arches")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ def train(
         Folder of the model (see :mod:`streamx.train.model`), or ``s3://bucket/prefix``; unfinished state lies
         beside it, in ``<output>.journal``, or in the local cache.
     settings
-        Fields of :class:`~streamx.config.TrainConfig` and :class:`~streamx.config.ScalexConfig`.
+        Fields of :class:`~streamx.config.TrainConfig` and of the model's own class, such as
+        :class:`~streamx.config.ScalexConfig` or :class:`~streamx.config.ScviConfig`.
 
     Raises
     ------
@@ -102,11 +104,12 @@ def train(
         raise EmptyError("the view has no cells", where=str(view.path), fix="preprocess with other limits")
     device = pick_device(config.device)
     location = open_location(output)
-    fingerprint = _fingerprint(view, config, network)
     if location.exists(MARKER):
         raise UsageError(
             "holds a store or view", where=str(output), fix="choose another folder for the model"
         )
+    schema = scalex_schema(view) if config.model == "scalex" else counts.schema_of(view, config)
+    fingerprint = _fingerprint(view, config, network)
     card = read_card(location)
     if card is not None:
         return _finished(location, card, fingerprint, begun)
@@ -114,79 +117,72 @@ def train(
         check_device(config, device, ranks)
         journal = Journal(location, fingerprint | _several(ranks)) if ranks.first else None
         try:
-            run = _Run(view, config, network, device, ranks, journal)
+            run = Run(view, schema, config, network, device, ranks, journal)
             module, state, done, rate = _fit(run, progress)
             if journal is not None:
-                _finish(location, run, module, state, done, fingerprint)
+                found = _model_of(config).finish(run, module)
+                _write(location, run, module, found, state, done, fingerprint)
                 journal.remove()
         finally:
             if journal is not None:
                 journal.release()
-    return _result(location, done, rate, time.monotonic() - begun)
+    return _result(location, config.model, done, rate, time.monotonic() - begun)
 
 
-@dataclass(frozen=True, eq=False)
-class _Run:
-    """What a call works with; processes other than the first have no journal."""
-
-    view: Collection
-    config: TrainConfig
-    network: ScalexConfig
-    device: torch.device
-    ranks: Ranks
-    journal: Journal | None
-
-    @property
-    def reading(self) -> dict[str, Any]:
-        return {"memory": self.config.memory, "threads": thread_count(self.config.threads)}
+def _model_of(config: TrainConfig) -> Any:
+    """The file that knows the model: its ``prepare`` and ``finish``."""
+    return scalex if config.model == "scalex" else counts
 
 
-def _fit(run: _Run, progress: bool) -> tuple[Scalex, State, dict[str, Any], float]:
+def _fit(run: Run, progress: bool) -> tuple[Any, State, dict[str, Any], float]:
     """Train, or go on: the model, its state, what was done in numbers, and cells per second of this call."""
-    view, config, ranks, journal = run.view, run.config, run.ranks, run.journal
-    loader = make_loader(
-        view,
-        config.minibatch_size,
-        device=run.device,
-        drop_last=True,
-        seed=config.seed,
-        rank=ranks.rank,
-        world=ranks.world,
-        **run.reading,
-    )
-    generator = torch.Generator().manual_seed(seed_of(config.seed, 0))
-    module = Scalex(view.n_vars, max(1, len(view.batches)), run.network, generator).to(run.device)
-    optimizer = make_optimizer(module, config.lr, config.weight_decay, ranks)
-    state = _state(run, module, optimizer)
-    loss, precision = named_losses(module), precision_of(config, run.device)
-    recorded = config.graph != "off" and can_record(config, run.device, ranks)
-    n_minibatches = ranks.most(len(loader), run.device)
+    config, ranks, journal = run.config, run.ranks, run.journal
+    task: Task = _model_of(config).prepare(run)
+    optimizer = make_optimizer(task.module, config.lr, config.weight_decay, ranks, eps=config.eps or EPS)
+    state = _state(run, task.module, optimizer)
+    precision = precision_of(config, run.device)
+    recorded = task.recordable and config.graph != "off" and can_record(config, run.device, ranks)
+    n_minibatches = ranks.most(task.n_minibatches, run.device)
     per_epoch = -(-n_minibatches // config.accumulate)
     seen = state.epoch * n_minibatches + state.minibatch
     throttle, begun = Throttle(config.checkpoint_seconds), time.monotonic()
 
     def keep(state: State, now: bool) -> None:
         if journal is not None and (now or throttle.due()):
-            save_state(journal, module, optimizer, state)
+            save_state(journal, task.module, optimizer, state)
 
     fit(
-        module,
+        task.module,
         optimizer,
-        partial(training_inputs, loader, run.network.n_latent, config.seed),
-        loss,
-        n_epochs=-(-config.max_iteration // per_epoch),
+        task.minibatches,
+        task.loss,
+        n_epochs=n_epochs_of(config, run.view.n_obs, per_epoch),
         state=state,
         n_minibatches=n_minibatches,
         accumulate=config.accumulate,
         precision=precision,
-        whole_step=RecordedStep(optimizer, loss, precision) if recorded else None,
+        whole_step=RecordedStep(optimizer, task.loss, precision) if recorded else None,
+        validate=task.validate,
+        lr=config.lr,
         keep=keep,
         ranks=ranks,
         progress=progress and ranks.first,
     )
     minibatches = (state.epoch * n_minibatches - seen) * ranks.world
-    rate = minibatches * min(config.minibatch_size, view.n_obs) / (time.monotonic() - begun)
-    return module, state, _summary(view, state, per_epoch), rate
+    rate = minibatches * min(config.minibatch_size, run.view.n_obs) / (time.monotonic() - begun)
+    return task.module, state, _summary(run.view, state, per_epoch), rate
+
+
+def n_epochs_of(config: TrainConfig, n_cells: int, steps_per_epoch: int) -> int:
+    """Epochs to train: as many as the steps ask for; else as many as were asked for; else by size.
+
+    By size is scvi-tools' rule: 400 up to 20,000 cells, fewer in proportion above.
+    """
+    if config.max_iteration is not None:
+        return -(-config.max_iteration // max(1, steps_per_epoch))
+    if config.max_epochs is not None:
+        return config.max_epochs
+    return min(400, max(1, round(20_000 / n_cells * 400)))
 
 
 def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
@@ -201,6 +197,21 @@ def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
         raise BadValuesError(
             "the loss is not a number", where=str(view.path), fix="a lower --lr, or other input"
         )
+    if not state.stopping.patience:  # the last epoch is kept
+        last = state.history[-1]
+        if math.isnan(last["loss"]):
+            raise BadValuesError(
+                f"the loss became NaN in epoch {state.epoch - 1}",
+                where=str(view.path),
+                fix="a lower --lr, or --patience, which keeps the best epoch",
+            )
+        return {
+            "n_cells": view.n_obs,
+            "epochs": state.epoch,
+            "steps": state.epoch * per_epoch,
+            "best_epoch": state.epoch - 1,
+            "loss": last.get("validation_loss", last["loss"]),
+        }
     if state.stopping.best_epoch != state.epoch - 1 and math.isnan(state.history[-1]["loss"]):
         warn(f"the loss became NaN in epoch {state.epoch - 1}; epoch {state.stopping.best_epoch} is kept")
     return {
@@ -212,74 +223,53 @@ def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
     }
 
 
-def _finish(
-    location: Location,
-    run: _Run,
-    module: Scalex,
-    state: State,
-    done: dict[str, Any],
-    fingerprint: dict[str, Any],
-) -> None:
-    """What the model says of its reference, and the folder with all of it."""
-    view, config, options = run.view, run.config, run.reading
-    stats = view_stats(module, view, **options)
-    clusters, moves = match_reference(module, view, seed=config.seed, **options)
-    z_nk = latents(module, view, config.norm, stats, moves, seed=config.seed, **options)
-    _write(location, view, module, stats, clusters, z_nk, state, done, fingerprint, config)
-
-
 def _several(ranks: Ranks) -> dict[str, Any]:
     """What a run of several processes can't be taken up without: their number."""
     return {"processes": ranks.world} if ranks.several else {}
 
 
-def _state(run: _Run, module: Scalex, optimizer: Any) -> State:
+def _state(run: Run, module: nn.Module, optimizer: Any) -> State:
     """What an interrupted run has left, on all processes; else a fresh state."""
+    config = run.config
     kept = run.ranks.share(find_state(run.journal) if run.journal is not None else None)
     if kept is None:
-        return State(0, [], EarlyStopping(run.config.patience))
+        rule = EarlyStopping(
+            config.patience,
+            threshold=config.threshold or 0.0,
+            lr_patience=config.lr_patience or 0,
+            lr_factor=config.lr_factor or 1.0,
+        )
+        return State(0, [], rule)
     state = restore(kept, module, optimizer)
     log.info("going on after epoch %d, minibatch %d", state.epoch, state.minibatch)
     return state
 
 
-def named_losses(module: Scalex) -> Callable[..., dict[str, Tensor]]:
-    """The model's loss and its parts, as the loop takes them."""
-
-    def loss(x_ng: Any, batch_n: Tensor, noise_nk: Tensor) -> dict[str, Tensor]:
-        found = module.loss(x_ng, batch_n, noise_nk)
-        return {"loss": found.total, "reconstruction": found.reconstruction, "kl": found.kl}
-
-    return loss
-
-
 def _write(
     location: Location,
-    view: Collection,
-    module: Scalex,
-    stats: NormStats,
-    clusters: Clusters,
-    z_nk: np.ndarray,
+    run: Run,
+    module: Any,
+    found: Finished,
     state: State,
     trained: dict[str, Any],
     fingerprint: dict[str, Any],
-    config: TrainConfig,
 ) -> None:
     """The model folder; ``model.json`` comes last and makes it a model."""
+    view, config = run.view, run.config
     names = list(state.history[0]) if state.history else ["epoch", "loss"]
     rows = [",".join(names)] + [",".join(repr(row[name]) for name in names) for row in state.history]
     history = ("\n".join(rows) + "\n").encode()
     location.write("history.csv", history)
-    digest, described = save_weights(location, module, view.scale_bg, stats, clusters)
-    uns = {"streamx": {"model": digest, "norm": config.norm, "batch_key": view.batch_key}}
-    write_latents(location.below("reference.zarr"), view.obs, {"X_scalex": z_nk}, uns)
+    digest, described = save_weights(location, module, found.tables)
+    uns = {"streamx": {"model": digest, "batch_key": view.batch_key}}
+    if config.norm is not None:
+        uns["streamx"]["norm"] = config.norm
+    write_latents(location.below("reference.zarr"), view.obs, {f"X_{config.model}": found.z_nk}, uns)
     card = {
         "format": FORMAT,
         "model": config.model,
         "id": digest,
-        "genes": [str(name) for name in view.var_names],
-        "batches": view.batches,
-        "batch_key": view.batch_key,
+        **asdict(run.schema),
         "network": asdict(module.config),
         "norm": config.norm,
         "preprocessing": preprocessing(view),
@@ -293,6 +283,11 @@ def _write(
     location.write(CARD, seal(card))
 
 
+def scalex_schema(view: Collection) -> Schema:
+    """The genes and batches of a view: all that SCALEX asks for."""
+    return Schema(tuple(str(name) for name in view.var_names), tuple(view.batches), view.batch_key)
+
+
 def preprocessing(view: Collection) -> dict[str, Any]:
     """What a query must go through: the transform, and the decisions that the view records."""
     if view.view is None:  # a store: its counts as they are
@@ -300,26 +295,32 @@ def preprocessing(view: Collection) -> dict[str, Any]:
     return {name: view.view[name] for name in ("transform", "recipe", "parameters")}
 
 
-def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, ScalexConfig]:
-    of_network = {f.name for f in fields(ScalexConfig)}
-    config = build(TrainConfig, {k: v for k, v in settings.items() if k not in of_network})
-    network = build(ScalexConfig, {k: v for k, v in settings.items() if k in of_network})
+def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, Any]:
+    """Settings of the training, those left out as the model has them; and of the network."""
+    in_training = {f.name for f in fields(TrainConfig)}
+    config: TrainConfig = build(TrainConfig, {k: v for k, v in settings.items() if k in in_training})
+    of_network = {k: v for k, v in settings.items() if k not in in_training}
+    if config.arches and config.model not in ("scvi", "scanvi"):
+        raise UsageError(f"arches are settings of scvi and scanvi, not of {config.model}", fix="leave it out")
+    network = network_of(config.model, (ARCHES if config.arches else {}) | of_network)
+    defaults = TRAINING[config.model]
+    for name, value in asdict(config).items():
+        if value is not None and name not in defaults and name in _SOME_MODELS:
+            raise UsageError(f"{config.model} has no {name}", fix="leave it out, or choose another --model")
+    left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
+    if config.max_epochs is not None:
+        left_out.pop("max_iteration", None)
+    if config.warmup_steps is not None:
+        left_out.pop("warmup_epochs", None)
+    config = replace(config, **left_out)
     for name, value in (asdict(config) | asdict(network)).items():
-        positive = name in (
-            "max_iteration",
-            "minibatch_size",
-            "accumulate",
-            "lr",
-            "patience",
-            "n_latent",
-            "n_hidden",
-        )
+        positive = name in _POSITIVE
         if isinstance(value, (int, float)) and (value < 0 or (positive and value == 0)):
             raise UsageError(f"{name} = {value}", fix="a positive number" if positive else "0 or more")
     return config, network
 
 
-def _fingerprint(view: Collection, config: TrainConfig, network: ScalexConfig) -> dict[str, Any]:
+def _fingerprint(view: Collection, config: TrainConfig, network: Any) -> dict[str, Any]:
     """Everything that the weights depend on."""
     manifest = view.manifest
     declared = {k: v for k, v in (view.view or {}).items() if k in ("transform", "parameters")}
@@ -332,7 +333,7 @@ def _fingerprint(view: Collection, config: TrainConfig, network: ScalexConfig) -
         }
     )
     default = asdict(TrainConfig())
-    settings = asdict(config)
+    settings = {k: v for k, v in asdict(config).items() if v is not None}
     later = {k for k in _LATER if settings[k] == default[k]}
     return {
         "view": {"generation": view.generation, "sha256": hashlib.sha256(content).hexdigest()},
@@ -354,12 +355,14 @@ def _finished(
     if location.journal.exists():  # killed between the last write and the end
         Journal(location, fingerprint).remove()
     log.info("%s holds this model already: nothing to train", location)
-    return _result(location, card["training"], 0.0, time.monotonic() - begun)
+    return _result(location, card["model"], card["training"], 0.0, time.monotonic() - begun)
 
 
-def _result(location: Location, trained: dict[str, Any], rate: float, seconds: float) -> TrainResult:
+def _result(
+    location: Location, model: str, trained: dict[str, Any], rate: float, seconds: float
+) -> TrainResult:
     return TrainResult(
-        model="scalex",
+        model=model,
         epochs=trained["epochs"],
         steps=trained["steps"],
         loss=trained["loss"],

@@ -17,7 +17,7 @@ from streamx.errors import UsageError
 CONFIGS = {
     "convert": (config.ConvertConfig,),
     "preprocess": (config.PreprocessConfig,),
-    "train": (config.TrainConfig, config.ScalexConfig),
+    "train": (config.TrainConfig, *config.NETWORKS.values()),
     "project": (config.ProjectConfig,),
     "transfer": (config.TransferConfig,),
     "metrics": (config.MetricsConfig,),
@@ -47,7 +47,8 @@ def test_every_setting_is_an_option_with_its_default(verb: str, capsys: pytest.C
             option = setting.name.replace("_", "-")
             assert f"--no-{option}" in text if setting.default is True else f"--{option}" in text
             if isinstance(setting.default, int | float | str) and not isinstance(setting.default, bool):
-                assert f"(default: {setting.default})" in text
+                several = f"{cls.__name__.removesuffix('Config').lower()} {setting.default}"
+                assert f"(default: {setting.default})" in text or several in text
 
 
 @pytest.mark.parametrize("verb", CONFIGS)

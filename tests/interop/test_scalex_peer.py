@@ -109,7 +109,7 @@ def test_training_steps(
     """From equal weights, minibatches and noise: equal losses and, after 25 steps, weights."""
     import torch
 
-    from streamx.config import ScalexConfig, TrainConfig
+    from streamx.config import TRAINING, ScalexConfig
     from streamx.interop.scalex import to_ours, to_theirs
     from streamx.models.scalex import Scalex
     from streamx.train.fit import make_optimizer
@@ -138,9 +138,10 @@ def test_training_steps(
     stopping.early_stop = False  # type: ignore[attr-defined]
     loader = [(x_ng[rows], batch_n[rows], rows) for rows in steps]
     vae.train()
-    vae.fit(loader, lr=TrainConfig.lr, max_iteration=len(steps), early_stopping=stopping, device="cpu")
+    lr, weight_decay = TRAINING["scalex"]["lr"], TRAINING["scalex"]["weight_decay"]
+    vae.fit(loader, lr=lr, max_iteration=len(steps), early_stopping=stopping, device="cpu")
 
-    optimizer = make_optimizer(ours, TrainConfig.lr, TrainConfig.weight_decay)
+    optimizer = make_optimizer(ours, lr, weight_decay)
     ours.train()
     totals = []
     for rows, noise_nk in zip(steps, noise, strict=True):

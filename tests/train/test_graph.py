@@ -14,7 +14,8 @@ from streamx.train.feed import make_loader, training_inputs
 from streamx.train.fit import make_optimizer
 from streamx.train.graph import WARM_UP, RecordedStep
 from streamx.train.model import load_model
-from streamx.train.run import named_losses, train
+from streamx.train.run import train
+from streamx.train.scalex import named_losses
 
 pytestmark = [
     pytest.mark.gpu,

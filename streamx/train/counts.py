@@ -1,0 +1,276 @@
+"""The count models (scVI, scANVI, totalVI, trVAE) on the engine: their minibatches, losses and latents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamx.config import TrainConfig
+from streamx.errors import BadValuesError, UsageError
+from streamx.loader.loader import Loader
+from streamx.loader.pairs import pairs
+from streamx.loader.rows import split
+from streamx.models.cells import Cells
+from streamx.schema import Schema
+from streamx.store.collection import Collection
+from streamx.train.build import TAKES_ROWS, build_module, n_latent_of
+from streamx.train.cells import Columns, columns_of, names_in
+from streamx.train.feed import make_loader
+from streamx.train.fit import seed_of
+from streamx.train.task import Finished, Run, Task
+
+ROWS = 4096  # per minibatch where its size does not matter
+LN_DRAWS = 5000  # of a logistic-normal latent
+
+
+def schema_of(view: Collection, config: TrainConfig) -> Schema:
+    """What a model of this view knows: genes, batches, and the obs columns that are asked for.
+
+    Raises
+    ------
+    UsageError
+        If a column is absent, or the model needs one that is not named.
+    BadValuesError
+        If the view holds no counts.
+    """
+    if view.value_dtype.kind == "f" and (view.read(0, min(ROWS, view.n_obs)).data % 1).any():
+        raise BadValuesError(
+            "holds values that are no counts", where=str(view.path), fix=f"{config.model} models raw counts"
+        )
+    if config.model == "scanvi" and config.label_key is None:
+        raise UsageError(
+            "scanvi learns from labels", fix=f"--label-key with one of: {', '.join(view.obs_columns)}"
+        )
+    labels: tuple[str, ...] = ()
+    if config.label_key is not None:
+        labels = names_in(view.obs_column(config.label_key), without=config.unlabeled)
+    if config.model == "scanvi" and not labels:
+        raise UsageError(f"no cell has a {config.label_key}", where=str(view.path), fix="another --label-key")
+    proteins: tuple[str, ...] = ()
+    if config.model == "totalvi" and config.protein_key in view.modalities:
+        proteins = tuple(map(str, view.modalities[config.protein_key]["names"]))
+    return Schema(
+        genes=tuple(map(str, view.var_names)),
+        batches=tuple(view.batches),
+        batch_key=view.batch_key,
+        labels=labels,
+        label_key=config.label_key,
+        unlabeled=config.unlabeled if labels else None,
+        categories=tuple((key, names_in(view.obs_column(key))) for key in config.category_keys),
+        continuous=tuple(config.continuous_keys),
+        proteins=proteins,
+        protein_key=config.protein_key if config.model == "totalvi" else None,
+    )
+
+
+def prepare(run: Run) -> Task:
+    """A new network, and its minibatches from the view."""
+    generator = torch.Generator().manual_seed(seed_of(run.config.seed, 0))
+    library_b = None if getattr(run.network, "use_observed_lib_size", True) else log_library(run.view)
+    module = build_module(run.config.model, run.schema, run.network, generator, library_b)
+    return task_of(run, module.to(run.device))
+
+
+def log_library(view: Collection, rows: int = 65_536) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and (population) variance of ln(sum) of the cells of each batch, float64 (n_batches,) each.
+
+    The sum is over the view's genes; cells without counts are left out.
+    """
+    n_batches = max(1, len(view.batches))
+    n_b, sum_b, square_b = np.zeros((3, n_batches))
+    bounds, code_r = view.batch_runs
+    for low, high in view.iter_rows(rows):
+        sum_n = np.asarray(view.read(low, high).sum(1, dtype=np.float64)).ravel()
+        code_n = code_r[np.searchsorted(bounds, np.arange(low, high), side="right") - 1]
+        there = (sum_n > 0) & (code_n >= 0)
+        log_n, code_n = np.log(sum_n[there]), code_n[there]
+        n_b += np.bincount(code_n, minlength=n_batches)
+        sum_b += np.bincount(code_n, log_n, n_batches)
+        square_b += np.bincount(code_n, log_n**2, n_batches)
+    mean_b = sum_b / np.maximum(n_b, 1)
+    return mean_b, np.maximum(square_b / np.maximum(n_b, 1) - mean_b**2, 1e-8)
+
+
+def task_of(run: Run, module: Any) -> Task:
+    """A network, and the minibatches to train it with."""
+    view, config, ranks = run.view, run.config, run.ranks
+    columns = columns_of(view, run.schema, run.device)
+    parts = _parts(view.n_obs, config)
+    options: dict[str, Any] = {
+        "device": run.device,
+        "transform": False,
+        "sparse": config.model in TAKES_ROWS,
+        **run.reading,
+    }
+    sampling: dict[str, Any] = {"weights": "balanced"} if config.sampling == "balanced" else {}
+    training = make_loader(
+        view,
+        config.minibatch_size,
+        rows=parts["train"],
+        drop_last=True,
+        seed=config.seed,
+        rank=ranks.rank,
+        world=ranks.world,
+        **sampling,
+        **options,
+    )
+    labelled = None
+    if config.model == "scanvi":
+        labelled = make_loader(
+            view,
+            config.minibatch_size,
+            rows=_labelled(columns, parts["train"], view.n_obs),
+            drop_last=True,
+            seed=config.seed + 1,
+            rank=ranks.rank,
+            world=ranks.world,
+            **options,
+        )
+    minibatches = _Minibatches(training, labelled, columns, config, run.device)
+    validation = None
+    if parts["validation"] is not None:
+        others = make_loader(
+            view,
+            ROWS,
+            rows=parts["validation"],
+            order="sequential",
+            rank=ranks.rank,
+            world=ranks.world,
+            **options,
+        )
+        validation = _Validation(module, others, columns, config.seed, run.device)
+    return Task(module, minibatches, module.loss, len(training), validation)
+
+
+def _parts(n: int, config: TrainConfig) -> dict[str, np.ndarray | None]:
+    """Which cells train and which validate: masks; None for all, or none."""
+    share = config.train_size or 1.0
+    if share > 1:
+        raise UsageError(f"train_size = {share}", fix="a share of the cells, above 0 and at most 1")
+    if share == 1 or round(n * (1 - share)) == 0:
+        return {"train": None, "validation": None}
+    return dict(split(n, {"train": share, "validation": 1 - share}, seed=config.seed))
+
+
+def _labelled(columns: Columns, train: np.ndarray | None, n: int) -> np.ndarray:
+    assert columns.label_n is not None
+    labelled = columns.label_n.cpu().numpy() >= 0
+    return labelled if train is None else labelled & train
+
+
+class _Minibatches:
+    """(epoch, done) -> what the model's loss takes, minibatch by minibatch.
+
+    Each has a generator of its own, seeded by (seed, epoch, number of the minibatch among those of all
+    processes), and the weight of the KL divergence at its step.
+    """
+
+    def __init__(
+        self,
+        training: Loader,
+        labelled: Loader | None,
+        columns: Columns,
+        config: TrainConfig,
+        device: torch.device,
+    ) -> None:
+        self.training, self.labelled, self.columns = training, labelled, columns
+        self.config, self.device = config, device
+        self.per_epoch = -(-len(training.at(0)) // config.accumulate)
+        self.n_cells = training.n_rows
+
+    def __call__(self, epoch: int, done: int) -> Iterator[tuple[Any, ...]]:
+        world, number = self.training.world, done * self.training.world + self.training.rank
+        for step, cells in enumerate(self._cells(epoch, done), start=done):
+            generator = torch.Generator(self.device).manual_seed(seed_of(self.config.seed, 1, epoch, number))
+            yield *cells, self._kl_weight(epoch, step), generator
+            number += world
+
+    def _cells(self, epoch: int, done: int) -> Iterator[tuple[Cells, ...]]:
+        if self.labelled is None:
+            for minibatch in self.training.at(epoch, done * self.training.world):
+                yield (self.columns.cells(minibatch),)
+        else:
+            for every, labelled in pairs(self.training, self.labelled, epoch, done):
+                yield self.columns.cells(every), self.columns.cells(labelled)
+
+    def _kl_weight(self, epoch: int, minibatch: int) -> float:
+        return kl_weight(
+            self.config, self.n_cells, epoch, epoch * self.per_epoch + minibatch // self.config.accumulate
+        )
+
+
+def kl_weight(config: TrainConfig, n_cells: int, epoch: int, step: int) -> float:
+    """Weight of the KL divergence, rising to 1: by steps where these are given, else by epochs.
+
+    totalVI's own default: three quarters of the number of cells, in steps.
+    """
+    steps = config.warmup_steps
+    if steps is None and config.model == "totalvi" and config.warmup_epochs is None:
+        steps = round(0.75 * n_cells)
+    if steps is not None:
+        return min(1.0, step / steps) if steps else 1.0
+    return min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0
+
+
+class _Validation:
+    """(epoch) -> sums of the losses over the validation cells, KL divergence in full; and their number."""
+
+    def __init__(
+        self, module: Any, loader: Loader, columns: Columns, seed: int, device: torch.device
+    ) -> None:
+        self.module, self.loader, self.columns = module, loader, columns
+        self.seed, self.device = seed, device
+
+    @torch.no_grad()
+    def __call__(self, epoch: int) -> tuple[dict[str, Tensor], float]:
+        sums: dict[str, Tensor] = {}
+        n = 0
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, 2, epoch, self.loader.rank))
+        for minibatch in self.loader.at(0):
+            losses = self.module.loss(self.columns.cells(minibatch), 1.0, generator)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0) + value.double() * len(minibatch)
+            n += len(minibatch)
+        return sums, n
+
+
+def finish(run: Run, module: Any) -> Finished:
+    """Latents of the reference."""
+    columns = columns_of(run.view, run.schema, run.device)
+    options = {"device": run.device, "sparse": run.config.model in TAKES_ROWS, **run.reading}
+    return Finished(latents(module, run.view, columns, **options))
+
+
+@torch.no_grad()
+def latents(module: Any, view: Collection, columns: Columns, **options: Any) -> np.ndarray:
+    """Means of q(z|x) of all cells of a view, float32 (n_cells, n_latent), in row order.
+
+    ``options``: of :func:`streamx.train.feed.make_loader`.
+    """
+    loader = make_loader(view, ROWS, order="sequential", transform=False, **options)
+    z_nk, start = np.empty((view.n_obs, n_latent_of(module.config)), np.float32), 0
+    for minibatch in loader.at(0):
+        z_nk[start : start + len(minibatch)] = latent_of(module, columns.cells(minibatch)).cpu().numpy()
+        start += len(minibatch)
+    return z_nk
+
+
+def latent_of(module: Any, cells: Cells) -> Tensor:
+    """The latents of a minibatch: means of q(z|x), (n, n_latent).
+
+    Of a logistic-normal latent the mean of its softmax, over 5,000 draws that are the same for every cell, so
+    that a cell's latent does not depend on its neighbours (scvi-tools draws anew).
+    """
+    mean_nk, var_nk = module.encode(cells)[:2]
+    if getattr(module.config, "latent_distribution", "normal") == "normal":
+        return mean_nk
+    generator = torch.Generator(mean_nk.device).manual_seed(0)
+    sum_nk = torch.zeros_like(mean_nk)
+    for _ in range(LN_DRAWS):
+        noise_k = torch.randn(mean_nk.shape[1], generator=generator, device=mean_nk.device)
+        sum_nk += torch.softmax(torch.addcmul(mean_nk, var_nk.sqrt(), noise_k), -1)
+    return sum_nk / LN_DRAWS
