@@ -278,6 +278,57 @@ class ScviConfig:
 
 
 @dataclass(frozen=True)
+class TotalviConfig:
+    """totalVI: network and loss (Gayoso 2021; names and sizes as scvi-tools documents them).
+
+    The last four settings are what releases of scvi-tools differ in; a checkpoint's release decides them.
+    """
+
+    n_latent: int = option(20, "dimensions of the latent", least=1)
+    n_hidden: int = option(256, "units of every hidden layer", least=1)
+    n_layers_encoder: int = option(2, "hidden layers of the encoder", least=1)
+    n_layers_decoder: int = option(1, "hidden layers of each part of the decoder", least=1)
+    dropout_rate_encoder: float = option(0.2, "share of hidden units dropped in the encoder", least=0)
+    dropout_rate_decoder: float = option(0.2, "share of hidden units dropped in the decoder", least=0)
+    gene_dispersion: str = option(
+        "gene", "what a gene's dispersion depends on", choices=("gene", "gene-batch", "gene-label")
+    )
+    protein_dispersion: str = option(
+        "protein",
+        "what a protein's dispersion depends on",
+        choices=("protein", "protein-batch", "protein-label"),
+    )
+    gene_likelihood: str = option("nb", "distribution of gene counts", choices=("nb", "zinb"))
+    latent_distribution: str = option("normal", "normal, or logistic normal", choices=("normal", "ln"))
+    encode_covariates: bool = option(True, "the encoder sees the batch and other covariates")
+    use_observed_lib_size: bool = option(True, "a cell's library is its total, not a latent variable")
+    log_variational: bool = option(True, "the encoder takes logarithms, ln(1 + x)")
+    use_batch_norm: str = option(
+        "both", "where hidden layers have a batch norm", choices=("encoder", "decoder", "none", "both")
+    )
+    use_layer_norm: str = option(
+        "none", "where hidden layers have a layer norm", choices=("encoder", "decoder", "none", "both")
+    )
+    input_transform: str = option(
+        "log1p",
+        "what the encoder sees of counts x: log1p (ln(1 + x)), or scaled (x over 1 + the cell's mean first; "
+        "scvi-tools from 1.3.1 on)",
+        choices=("log1p", "scaled"),
+    )
+    background_activation: str = option(
+        "softplus",
+        "what makes the background's standard deviation positive: softplus, or exp (scvi-tools before 1.2)",
+        choices=("softplus", "exp"),
+    )
+    per_batch_efficiency: bool = option(
+        False, "a factor per protein and batch on the protein means (scvi-tools from 1.3.1 on)"
+    )
+    protein_warmup: bool = option(
+        False, "the weight of the KL divergence also weights the protein counts (scvi-tools from 1.3.1 on)"
+    )
+
+
+@dataclass(frozen=True)
 class ScanviConfig:
     """scANVI: what it adds to scVI (Xu 2021; names and defaults as scvi-tools documents them)."""
 
@@ -291,6 +342,41 @@ class ScanviConfig:
 
 
 @dataclass(frozen=True)
+class DifferentialConfig:
+    """Differential expression by a model (Lopez 2018, Boyeau 2019; defaults as documented)."""
+
+    mode: str = option(
+        "change",
+        "change (fold changes of at least delta) or vanilla (more in the first group)",
+        choices=("change", "vanilla"),
+    )
+    delta: float | None = option(
+        0.25, "log2 fold change that counts as one (none: found from the changes' distribution)", least=0
+    )
+    pseudocount: float | None = option(
+        0.0,
+        "added to scales before fold changes are taken (none: found from genes without counts, as scvi-tools "
+        "does from 1.0 on)",
+        least=0,
+    )
+    silent_below: float = option(0.01, "mean count below which a gene has no counts", least=0)
+    test_mode: str = option(
+        "two",
+        "either direction counts together, or the more probable of the two (three; scvi-tools from 1.0 on)",
+        choices=("two", "three"),
+    )
+    n_samples: int = option(5000, "posterior draws per group", least=2)
+    m_permutation: int | None = option(
+        None, "random pairs of draws (default: the draws as they came)", least=1
+    )
+    fdr_target: float = option(0.05, "expected share of false discoveries among the called", least=0)
+    intervals: tuple[float, ...] = option(
+        (), "levels of highest-density intervals of fold changes", many=True
+    )
+    batch_correction: bool = option(False, "decode the cells of both groups as the same batches")
+    seed: int = option(0, "seed of draws and pairs", least=0)
+
+
 class FreezeConfig:
     """What stays as it is while a reference model learns new batches (scArches; defaults as scvi-tools')."""
 

@@ -56,7 +56,7 @@ def trainable(module: nn.Module, n_new: int, options: FreezeConfig | None = None
     for name, parameter in parameters.items():
         if _part(name) in whole or _moves_by_option(name, options):
             moves[name] = None
-        elif name in tables and not (_part(name) == "log_theta_gb" and options.freeze_dispersion):
+        elif name in tables and not (_part(name).startswith("log_theta_") and options.freeze_dispersion):
             moves[name] = last(parameter, tables[name], n_new)
     names = dict(module.named_modules())
     layers = [n for n, m in names.items() if isinstance(m, Layer) and _part(n) not in whole]
