@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from streamx.errors import BadFileError, UsageError
-from streamx.interop.scvi_tools import normalised
+from streamx.interop.scvi_names import normalised
 from streamx.interop.unpickle import Opaque, first_line, read_pickle, read_torch
 
 KINDS = {"SCVI": "scvi", "SCANVI": "scanvi", "TOTALVI": "totalvi"}
@@ -138,6 +138,7 @@ def _read_model(path: Path) -> Saved:
     continuous = _texts(state.get("extra_continuous_covs", {}).get("columns", ()))
     proteins = _texts(state["proteins"]["column_names"]) if kind == "totalvi" else []
     masks = state["proteins"].get("protein_batch_mask") if proteins else None
+    protein_key = arguments.get("protein_expression_obsm_key") or modalities.get("protein_layer")
     saved = Saved(
         kind,
         str(registry["scvi_version"]),
@@ -154,7 +155,7 @@ def _read_model(path: Path) -> Saved:
         layer=arguments.get("layer") or arguments.get("rna_layer"),
         size_factor_key=arguments.get("size_factor_key"),
         proteins=proteins,
-        protein_key=arguments.get("protein_expression_obsm_key") or modalities.get("protein_layer"),
+        protein_key=protein_key if proteins else None,
         protein_mask_bp=_mask(masks, len(batches), len(proteins)),
     )
     return _checked(saved, path)
