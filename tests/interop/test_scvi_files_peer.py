@@ -268,7 +268,7 @@ def test_real_totalvis_with_the_older_transform(fixtures_dir: Path, tmp_path: Pa
         data.var_names = [str(i) for i in range(100)]
     else:  # scvi-tools 1.4.2 can't load it: it has no efficiencies
         data, converted = anndata.read_h5ad(path / "adata.h5ad"), tmp_path
-        content = torch.load(path / "model.pt", weights_only=False)
+        content = torch.load(path / "model.pt", map_location="cpu", weights_only=False)
         weights = content["model_state_dict"]
         weights["log_per_batch_efficiency"] = torch.zeros_like(weights["background_pro_alpha"])
         torch.save(content, tmp_path / "model.pt")
