@@ -211,7 +211,7 @@ TRAINING: dict[str, dict[str, Any]] = {
         "sampling": "shuffled",
     },
 }
-TRAINING["scanvi"] = TRAINING["scvi"] | {"classification_ratio": 50.0}
+TRAINING["scanvi"] = TRAINING["scvi"] | {"base_epochs": None}
 TRAINING["totalvi"] = TRAINING["scvi"] | {
     "max_epochs": 400,
     "minibatch_size": 256,
@@ -329,8 +329,8 @@ class TotalviConfig:
 
 
 @dataclass(frozen=True)
-class ScanviConfig:
-    """scANVI: what it adds to scVI (Xu 2021; names and defaults as scvi-tools documents them)."""
+class ScanviConfig(ScviConfig):
+    """scANVI: scVI's settings, and what it adds (Xu 2021; names and defaults as scvi-tools has them)."""
 
     linear_classifier: bool = option(False, "the classifier of labels is a single linear layer")
     classification_ratio: float = option(50.0, "weight of the classification in the loss", least=0)
@@ -377,6 +377,7 @@ class DifferentialConfig:
     seed: int = option(0, "seed of draws and pairs", least=0)
 
 
+@dataclass(frozen=True)
 class FreezeConfig:
     """What stays as it is while a reference model learns new batches (scArches; defaults as scvi-tools')."""
 
@@ -459,7 +460,10 @@ class TrainConfig:
         least=1,
     )
     max_epochs: int | None = option(
-        None, "epochs (default: totalvi, trvae 400; scvi, scanvi by size: 400 up to 20,000 cells)", least=1
+        None,
+        "epochs (default: totalvi, trvae 400; scvi by size: 400 up to 20,000 cells; scanvi 10, or a third of "
+        "the base's)",
+        least=1,
     )
     lr: float = option(None, f"learning rate of Adam ({_defaults('lr')})")
     eps: float | None = option(None, "eps of Adam (count models; default: 0.01)")
@@ -492,7 +496,9 @@ class TrainConfig:
         "(default: trvae balanced, others shuffled)",
         choices=("shuffled", "balanced"),
     )
-    classification_ratio: float | None = option(None, "weight of the classifier's loss (scanvi; default: 50)")
+    base_epochs: int | None = option(
+        None, "epochs of scVI that come before scANVI's own (default: by size; 0 or --init: none)", least=0
+    )
     seed: int = option(124, "seed of weights, order and noise")
     checkpoint_seconds: float = option(30.0, "seconds between checkpoints, at least")
     device: str = option("auto", "cpu, cuda, cuda:1, or auto")
@@ -518,8 +524,55 @@ class TrainConfig:
     threads: int = option(0, "threads that read ahead (0: one per core); training itself uses one", least=0)
 
 
+@dataclass(frozen=True)
+class SurgeryConfig:
+    batch_key: str | None = option(
+        None, "obs column of the query that names its batches (default: each file is one batch)"
+    )
+    layer: str | None = option(None, "what holds the counts: X (default), raw, or the name of a layer")
+    modality: str | None = option(None, "modality of an h5mu file that holds the counts")
+    min_features: int | None = option(None, "cells below it are left out (default: the reference's)", least=0)
+    new_labels: str = option(
+        "refuse",
+        "labels of the query that the reference does not know (where it knows any): refuse, or keep them in "
+        "obs, unlabelled for the classifier",
+        choices=("refuse", "keep"),
+    )
+    mask_missing: bool = option(
+        False, "leave genes that a file lacks out of its likelihood, instead of taking them as zero"
+    )
+    refit: bool = option(
+        False,
+        "a batch that was added before is learnt anew, on all its cells so far (default: its new cells are "
+        "only projected)",
+    )
+    max_epochs: int | None = option(
+        None, "epochs for each new batch (default: by its size, 400 up to 20,000 cells)", least=1
+    )
+    lr: float = option(None, "learning rate of Adam (default: the model's)")
+    weight_decay: float = option(
+        0.0, "weight decay of Adam; above 0 the reference's weights move, and its latents with them", least=0
+    )
+    minibatch_size: int = option(None, "cells per minibatch (default: the model's)", least=1)
+    patience: int = option(None, "of early stopping (default: the model's)", least=0)
+    train_size: float | None = option(None, "share of the cells to train on (default: the model's)")
+    warmup_epochs: int | None = option(None, "of the KL divergence (default: the model's)", least=0)
+    strip_versions: bool = option(False, "drop the version from Ensembl ids")
+    duplicate_genes: str = option(
+        "error",
+        "what to do with a gene name that occurs twice in a file",
+        choices=("error", "first", "sum", "unique"),
+    )
+    on_error: str = option("stop", "a broken file stops the run, or is left out", choices=("stop", "skip"))
+    seed: int = option(124, "seed of the new weights, order and noise", least=0)
+    checkpoint_seconds: float = option(30.0, "seconds between checkpoints, at least")
+    device: str = option("auto", "cpu, cuda, cuda:1, or auto")
+    memory: str = option("4GB", "memory that the work may use")
+    threads: int = option(0, "threads (0: one per core); training itself uses one", least=0)
+
+
 # The settings of each model's network.
-NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig}
+NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig, "scanvi": ScanviConfig}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 ::
 
     MODEL/reference.zarr     obs and latents of the reference
+    MODEL/added/*.zarr       those of the cells that surgery added to it
     OUT/<query>.zarr         the same of each mapped query; `transfer` adds to its obs
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,12 +40,23 @@ LATENT = "X_scalex"
 
 @dataclass(frozen=True, eq=False)
 class Cells:
-    """Cells with latents on disk: a reference, or a mapped query. Columns are read when asked for."""
+    """Cells with latents on disk: a reference, or a mapped query. Columns are read when asked for.
+
+    Attributes
+    ----------
+    location, group
+        Of the file; of a reference that surgery extended, its first one.
+    latent_nk
+        Of all files.
+    added
+        The further files.
+    """
 
     name: str
     location: Location
     group: zarr.Group
     latent_nk: np.ndarray
+    added: tuple[zarr.Group, ...] = ()
 
     @property
     def path(self) -> Path | str:
@@ -56,20 +68,30 @@ class Cells:
 
     @property
     def columns(self) -> list[str]:
-        return column_names(self._obs)
+        """Of obs, in any of the files."""
+        return list(dict.fromkeys(name for obs in self._obs for name in column_names(obs)))
 
     def column(self, name: str) -> pd.Series:
-        """One column of obs."""
+        """One column of obs; cells of a file that lacks it have none."""
         if name not in self.columns:
             raise UsageError(
                 f"no obs column {name!r}", where=str(self.path), fix=f"one of {', '.join(self.columns)}"
             )
-        return read_column(self._obs, name)
+        if not self.added:
+            return read_column(self._obs[0], name)
+        parts = []
+        for obs in self._obs:
+            if name in column_names(obs):
+                parts.append(read_column(obs, name).astype("object"))
+            else:
+                parts.append(pd.Series([None] * len(obs[str(obs.attrs["_index"])]), dtype=object))
+        return pd.concat(parts, ignore_index=True).rename(name)
 
     @property
     def names(self) -> np.ndarray:
         """Names of the cells."""
-        return np.asarray(self._obs[str(self._obs.attrs["_index"])][:]).astype(object)
+        parts = [np.asarray(obs[str(obs.attrs["_index"])][:]).astype(object) for obs in self._obs]
+        return np.concatenate(parts)
 
     @property
     def model_id(self) -> str | None:
@@ -78,14 +100,20 @@ class Cells:
         return None if found is None else str(found)
 
     @property
+    def model_ids(self) -> set[str | None]:
+        """Of a reference: the models whose latents lie in one space with these."""
+        card = json.loads(follow(self.location, "..").read("model.json"))
+        return {self.model_id, card.get("id"), *card.get("earlier", [])}
+
+    @property
     def batch_key(self) -> str | None:
         """obs column with the batches, where the file says so."""
         found = self._uns("batch_key")
         return None if found is None else str(found)
 
     @property
-    def _obs(self) -> Any:
-        return self.group["obs"]
+    def _obs(self) -> list[Any]:
+        return [group["obs"] for group in (self.group, *self.added)]
 
     def _uns(self, name: str) -> Any:
         try:
@@ -125,7 +153,13 @@ def read_reference(model: str | Path | Location) -> Cells:
             where=str(location),
             fix="run the same `streamx train` again to resume",
         )
-    return read_cells(location.below(REFERENCE), "reference")
+    reference = read_cells(location.below(REFERENCE), "reference")
+    added = json.loads(location.read("model.json")).get("added", [])
+    parts = [read_cells(location.below(name), name) for name in added]
+    if not parts:
+        return reference
+    z_nk = np.concatenate([reference.latent_nk, *(part.latent_nk for part in parts)])
+    return replace(reference, latent_nk=z_nk, added=tuple(part.group for part in parts))
 
 
 def read_queries(output: str | Path | Location, reference: Cells | None = None) -> list[Cells]:
@@ -145,8 +179,7 @@ def read_queries(output: str | Path | Location, reference: Cells | None = None) 
     queries = [read_cells(location.below(name), name.removesuffix(".zarr")) for name in names]
     for query in queries if reference is not None else ():
         assert reference is not None
-        ids = (query.model_id, reference.model_id)
-        if None not in ids and ids[0] != ids[1]:
+        if None not in (query.model_id, reference.model_id) and query.model_id not in reference.model_ids:
             home = follow(reference.location, "..")
             raise UsageError(
                 "was mapped with another model",

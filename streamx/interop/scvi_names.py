@@ -18,6 +18,7 @@ from streamx.models.stack import CovariateLinear, Layer, Stack
 
 Names = dict[str, list[str]]  # theirs -> ours, whose tensors lie side by side in theirs
 
+ROWS = {"library_log_means", "library_log_vars", "y_prior"}  # of shape (1, n), ours (n,)
 _NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
 
@@ -78,7 +79,7 @@ def fill(module: nn.Module, names: Names, state: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for theirs, ours in names.items():
             want, got = size(module, ours), state.get(theirs)
-            if got is not None and theirs.startswith("library_log_"):
+            if got is not None and theirs in ROWS:
                 got = got[0]
             if got is None or tuple(got.shape) != want:
                 found = "nothing" if got is None else tuple(got.shape)
@@ -94,5 +95,5 @@ def gathered(module: nn.Module, names: Names) -> dict[str, Tensor]:
     found = {}
     for theirs, ours in names.items():
         tensor = torch.cat([state[name] for name in ours], 1) if len(ours) > 1 else state[ours[0]].clone()
-        found[theirs] = (tensor[None] if theirs.startswith("library_log_") else tensor).contiguous()
+        found[theirs] = (tensor[None] if theirs in ROWS else tensor).contiguous()
     return found

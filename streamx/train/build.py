@@ -53,5 +53,10 @@ def build_module(
     }
     if not network.use_observed_lib_size:
         covariates["library_b"] = library_b or (np.zeros(n_batches), np.ones(n_batches))
-    assert kind == "scvi"
-    return Scvi(n_genes, n_batches, network, **covariates)
+    vae = Scvi(n_genes, n_batches, network, **covariates)
+    if kind == "scvi":
+        return vae
+    assert kind == "scanvi"
+    from streamx.models.scanvi import Scanvi
+
+    return Scanvi(vae, len(schema.labels), network, generator=generator)

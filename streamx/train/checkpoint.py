@@ -16,11 +16,13 @@ from streamx.store.manifest import describe
 from streamx.train.early_stopping import EarlyStopping
 from streamx.train.fit import State, Tensors, snapshot
 
-RECORD = "training"
+TRAINING = "training"
 
 
-def save_state(journal: Journal, module: nn.Module, optimizer: Any, state: State) -> None:
-    """Keep the state after a step; a kill at any moment leaves the former one or this one.
+def save_state(
+    journal: Journal, module: nn.Module, optimizer: Any, state: State, name: str = TRAINING
+) -> None:
+    """Keep the state after a step, under a name; a kill at any moment leaves the former one or this one.
 
     First the tensors under a new name, then (atomically) the record that names them, then the old
     tensors go.
@@ -30,10 +32,10 @@ def save_state(journal: Journal, module: nn.Module, optimizer: Any, state: State
     for number, slots in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{number}.{name}": value.cpu().contiguous() for name, value in slots.items()}
     data = save_tensors(tensors)
-    key = f"state/epoch-{state.epoch:06d}-{state.minibatch:08d}.safetensors"
+    key = f"{name}/epoch-{state.epoch:06d}-{state.minibatch:08d}.safetensors"
     journal.location.write(key, data)
     journal.record(
-        RECORD,
+        name,
         {
             "epoch": state.epoch,
             "minibatch": state.minibatch,
@@ -43,7 +45,7 @@ def save_state(journal: Journal, module: nn.Module, optimizer: Any, state: State
             "tensors": [key, *describe(data)],
         },
     )
-    for other in journal.location.list("state"):
+    for other in journal.location.list(name):
         if other != key:
             journal.location.delete(other)
 
@@ -56,9 +58,9 @@ class Kept:
     tensors: Tensors
 
 
-def find_state(journal: Journal) -> Kept | None:
-    """What was kept last; None if there is nothing, or it is not whole."""
-    record = journal.find(RECORD)
+def find_state(journal: Journal, name: str = TRAINING) -> Kept | None:
+    """What was kept last under a name; None if there is nothing, or it is not whole."""
+    record = journal.find(name)
     if record is None or not journal.location.exists(record["tensors"][0]):
         return None
     data = journal.location.read(record["tensors"][0])

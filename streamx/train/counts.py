@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,14 +14,17 @@ from streamx.config import TrainConfig
 from streamx.errors import BadValuesError, UsageError
 from streamx.loader.loader import Loader
 from streamx.loader.pairs import pairs
-from streamx.loader.rows import split
+from streamx.loader.rows import selection, split
 from streamx.models.cells import Cells
+from streamx.models.scanvi import from_scvi
 from streamx.schema import Schema
 from streamx.store.collection import Collection
 from streamx.train.build import TAKES_ROWS, build_module, n_latent_of
 from streamx.train.cells import Columns, columns_of, names_in
+from streamx.train.engine import run_task
 from streamx.train.feed import make_loader
 from streamx.train.fit import seed_of
+from streamx.train.model import Model, load_model
 from streamx.train.task import Finished, Run, Task
 
 ROWS = 4096  # per minibatch where its size does not matter
@@ -67,15 +71,64 @@ def schema_of(view: Collection, config: TrainConfig) -> Schema:
     )
 
 
-def prepare(run: Run) -> Task:
-    """A new network, and its minibatches from the view."""
-    generator = torch.Generator().manual_seed(seed_of(run.config.seed, 0))
+def prepare(run: Run, progress: bool) -> Task:
+    """A new network, or the one to begin from, and its minibatches from the view.
+
+    scANVI begins from a scVI that is trained first, as its documentation has it, unless ``init`` names one.
+    """
+    config = run.config
+    base: list[dict[str, float]] = []
+    generator = torch.Generator().manual_seed(seed_of(config.seed, 0))
+    if config.init is not None:
+        module = _begun(run, load_model(config.init), generator)
+    elif config.model == "scanvi" and config.base_epochs != 0:
+        vae, base = _base(run, progress)
+        module = from_scvi(vae, len(run.schema.labels), run.network, generator=generator)
+    else:
+        module = _new(run, config.model, generator)
+    return replace(task_of(run, module.to(run.device)), base=base)
+
+
+def _new(run: Run, kind: str, generator: torch.Generator) -> Any:
     library_b = None if getattr(run.network, "use_observed_lib_size", True) else log_library(run.view)
-    module = build_module(run.config.model, run.schema, run.network, generator, library_b)
-    return task_of(run, module.to(run.device))
+    return build_module(kind, run.schema, run.network, generator, library_b)
 
 
-def log_library(view: Collection, rows: int = 65_536) -> tuple[np.ndarray, np.ndarray]:
+def _base(run: Run, progress: bool) -> tuple[Any, list[dict[str, float]]]:
+    """A trained scVI of the same settings, on the CPU, and the history of its training."""
+    config = replace(run.config, model="scvi", max_epochs=run.config.base_epochs, max_iteration=None)
+    of_base = replace(run, config=config, name="base")
+    vae = _new(run, "scvi", torch.Generator().manual_seed(seed_of(config.seed, 0))).to(run.device)
+    trained = run_task(of_base, task_of(of_base, vae), run.view.n_obs, progress)
+    return vae.cpu(), trained.state.history
+
+
+def _begun(run: Run, model: Model, generator: torch.Generator) -> Any:
+    """The network to go on with: the model's own, or scANVI on top of a trained scVI.
+
+    Raises
+    ------
+    UsageError
+        If the model is of another kind, or knows other genes or batches.
+    """
+    kind, own = run.config.model, run.schema
+    if model.kind != kind and (kind, model.kind) != ("scanvi", "scvi"):
+        raise UsageError(f"is a {model.kind}, no beginning for {kind}", where=str(model.path))
+    for name in ("genes", "batches"):
+        if getattr(model.schema, name) != getattr(own, name):
+            raise UsageError(
+                f"has other {name} than the view",
+                where=str(model.path),
+                fix="preprocess with --genes of its own, and the same batches; or begin without --init",
+            )
+    if model.kind != kind:
+        return from_scvi(model.module, len(own.labels), run.network, generator=generator)
+    return model.module
+
+
+def log_library(
+    view: Collection, rows: tuple[int, int] | None = None, block: int = 65_536
+) -> tuple[np.ndarray, np.ndarray]:
     """Mean and (population) variance of ln(sum) of the cells of each batch, float64 (n_batches,) each.
 
     The sum is over the view's genes; cells without counts are left out.
@@ -83,7 +136,7 @@ def log_library(view: Collection, rows: int = 65_536) -> tuple[np.ndarray, np.nd
     n_batches = max(1, len(view.batches))
     n_b, sum_b, square_b = np.zeros((3, n_batches))
     bounds, code_r = view.batch_runs
-    for low, high in view.iter_rows(rows):
+    for low, high in view.iter_rows(block, *(rows or ())):
         sum_n = np.asarray(view.read(low, high).sum(1, dtype=np.float64)).ravel()
         code_n = code_r[np.searchsorted(bounds, np.arange(low, high), side="right") - 1]
         there = (sum_n > 0) & (code_n >= 0)
@@ -95,11 +148,11 @@ def log_library(view: Collection, rows: int = 65_536) -> tuple[np.ndarray, np.nd
     return mean_b, np.maximum(square_b / np.maximum(n_b, 1) - mean_b**2, 1e-8)
 
 
-def task_of(run: Run, module: Any) -> Task:
-    """A network, and the minibatches to train it with."""
+def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
+    """A network, and the minibatches to train it with: of all cells, or of a range of rows."""
     view, config, ranks = run.view, run.config, run.ranks
     columns = columns_of(view, run.schema, run.device)
-    parts = _parts(view.n_obs, config)
+    parts = _parts(view.n_obs, rows, config)
     options: dict[str, Any] = {
         "device": run.device,
         "transform": False,
@@ -119,11 +172,12 @@ def task_of(run: Run, module: Any) -> Task:
         **options,
     )
     labelled = None
-    if config.model == "scanvi":
+    with_label = _labelled(columns, parts["train"], view.n_obs) if config.model == "scanvi" else np.zeros(0)
+    if with_label.any():
         labelled = make_loader(
             view,
             config.minibatch_size,
-            rows=_labelled(columns, parts["train"], view.n_obs),
+            rows=with_label,
             drop_last=True,
             seed=config.seed + 1,
             rank=ranks.rank,
@@ -143,23 +197,38 @@ def task_of(run: Run, module: Any) -> Task:
             **options,
         )
         validation = _Validation(module, others, columns, config.seed, run.device)
-    return Task(module, minibatches, module.loss, len(training), validation)
+    loss = module.loss if labelled is None else _with_labelled(module)
+    return Task(module, minibatches, loss, len(training), validation)
 
 
-def _parts(n: int, config: TrainConfig) -> dict[str, np.ndarray | None]:
-    """Which cells train and which validate: masks; None for all, or none."""
+def _with_labelled(module: Any) -> Callable[..., dict[str, Tensor]]:
+    """The loss of scANVI on a minibatch and one of labelled cells."""
+
+    def loss(cells: Cells, labelled: Cells, weight: float, generator: torch.Generator) -> dict[str, Tensor]:
+        return module.loss(cells, weight, generator, labelled)
+
+    return loss
+
+
+def _parts(n: int, rows: tuple[int, int] | None, config: TrainConfig) -> dict[str, Any]:
+    """Which of n cells train and which validate, as a loader takes it; no validation: None."""
     share = config.train_size or 1.0
     if share > 1:
         raise UsageError(f"train_size = {share}", fix="a share of the cells, above 0 and at most 1")
-    if share == 1 or round(n * (1 - share)) == 0:
-        return {"train": None, "validation": None}
-    return dict(split(n, {"train": share, "validation": 1 - share}, seed=config.seed))
+    low, high = rows or (0, n)
+    if round((high - low) * (1 - share)) == 0:
+        return {"train": rows, "validation": None}
+    within = split(high - low, {"train": share, "validation": 1 - share}, seed=config.seed)
+    return {name: np.pad(mask, (low, n - high)) for name, mask in within.items()}
 
 
-def _labelled(columns: Columns, train: np.ndarray | None, n: int) -> np.ndarray:
-    assert columns.label_n is not None
-    labelled = columns.label_n.cpu().numpy() >= 0
-    return labelled if train is None else labelled & train
+def _labelled(columns: Columns, train: Any, n: int) -> np.ndarray:
+    """Those of the cells that train which have a label."""
+    labelled = np.zeros(n, bool) if columns.label_n is None else columns.label_n.cpu().numpy() >= 0
+    chosen = selection(train, n)
+    mask = np.zeros(n, bool)
+    mask[chosen] = True
+    return labelled & mask
 
 
 class _Minibatches:

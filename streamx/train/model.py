@@ -7,6 +7,8 @@
       model.safetensors    weights; scale and normalisation tables of the reference
       history.csv          mean losses per epoch
       reference.zarr       obs and latents of the reference cells (AnnData-Zarr)
+      added/*.zarr         the same of cells that surgery added (which then keeps its weights in
+                           model-<n>.safetensors: the card says which counts)
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ class Model:
 
 
 def save_weights(
-    location: Location, module: nn.Module, tables: Mapping[str, np.ndarray]
+    location: Location, module: nn.Module, tables: Mapping[str, np.ndarray], key: str = WEIGHTS
 ) -> tuple[str, list[Any]]:
     """Write weights and tables: their SHA-256, and (bytes, crc32c)."""
     tensors = {
@@ -121,7 +123,7 @@ def save_weights(
     for name, table in tables.items():
         tensors[f"tables.{name}"] = torch.as_tensor(np.ascontiguousarray(table))
     data = save_tensors(tensors)
-    location.write(WEIGHTS, data)
+    location.write(key, data)
     return hashlib.sha256(data).hexdigest(), describe(data)
 
 
@@ -179,11 +181,12 @@ def load_model(path: str | Path | Location) -> Model:
             where=str(path),
             fix="give the folder that `train -o` wrote",
         )
-    data = location.read(WEIGHTS)
-    if describe(data) != card["files"][WEIGHTS]:
+    key = card.get("weights", WEIGHTS)
+    data = location.read(key)
+    if describe(data) != card["files"][key]:
         raise IntegrityError(
             "bytes are not those that were written",
-            where=f"{location}/{WEIGHTS}",
+            where=f"{location}/{key}",
             fix="restore it from a copy, or train again",
         )
     tensors = load_tensors(data)

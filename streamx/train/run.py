@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 import streamx
 from streamx.config import ARCHES, TRAINING, TrainConfig, build
@@ -24,14 +23,11 @@ from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import MARKER, describe, dump
 from streamx.train import counts, scalex
-from streamx.train.adam import EPS
 from streamx.train.build import network_of
-from streamx.train.checkpoint import Throttle, find_state, restore, save_state
-from streamx.train.device import can_record, check_device, one_torch_thread, pick_device, precision_of
+from streamx.train.device import check_device, one_torch_thread, pick_device
 from streamx.train.distributed import Ranks, together
-from streamx.train.early_stopping import EarlyStopping
-from streamx.train.fit import State, fit, make_optimizer
-from streamx.train.graph import RecordedStep
+from streamx.train.engine import run_task
+from streamx.train.fit import State
 from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, seal
 from streamx.train.task import Finished, Run, Task
 
@@ -118,10 +114,10 @@ def train(
         journal = Journal(location, fingerprint | _several(ranks)) if ranks.first else None
         try:
             run = Run(view, schema, config, network, device, ranks, journal)
-            module, state, done, rate = _fit(run, progress)
+            task, state, done, rate = _fit(run, progress)
             if journal is not None:
-                found = _model_of(config).finish(run, module)
-                _write(location, run, module, found, state, done, fingerprint)
+                found = _model_of(config).finish(run, task.module)
+                _write(location, run, task, found, state, done, fingerprint)
                 journal.remove()
         finally:
             if journal is not None:
@@ -134,55 +130,13 @@ def _model_of(config: TrainConfig) -> Any:
     return scalex if config.model == "scalex" else counts
 
 
-def _fit(run: Run, progress: bool) -> tuple[Any, State, dict[str, Any], float]:
-    """Train, or go on: the model, its state, what was done in numbers, and cells per second of this call."""
-    config, ranks, journal = run.config, run.ranks, run.journal
-    task: Task = _model_of(config).prepare(run)
-    optimizer = make_optimizer(task.module, config.lr, config.weight_decay, ranks, eps=config.eps or EPS)
-    state = _state(run, task.module, optimizer)
-    precision = precision_of(config, run.device)
-    recorded = task.recordable and config.graph != "off" and can_record(config, run.device, ranks)
-    n_minibatches = ranks.most(task.n_minibatches, run.device)
-    per_epoch = -(-n_minibatches // config.accumulate)
-    seen = state.epoch * n_minibatches + state.minibatch
-    throttle, begun = Throttle(config.checkpoint_seconds), time.monotonic()
-
-    def keep(state: State, now: bool) -> None:
-        if journal is not None and (now or throttle.due()):
-            save_state(journal, task.module, optimizer, state)
-
-    fit(
-        task.module,
-        optimizer,
-        task.minibatches,
-        task.loss,
-        n_epochs=n_epochs_of(config, run.view.n_obs, per_epoch),
-        state=state,
-        n_minibatches=n_minibatches,
-        accumulate=config.accumulate,
-        precision=precision,
-        whole_step=RecordedStep(optimizer, task.loss, precision) if recorded else None,
-        validate=task.validate,
-        lr=config.lr,
-        keep=keep,
-        ranks=ranks,
-        progress=progress and ranks.first,
-    )
-    minibatches = (state.epoch * n_minibatches - seen) * ranks.world
-    rate = minibatches * min(config.minibatch_size, run.view.n_obs) / (time.monotonic() - begun)
-    return task.module, state, _summary(run.view, state, per_epoch), rate
-
-
-def n_epochs_of(config: TrainConfig, n_cells: int, steps_per_epoch: int) -> int:
-    """Epochs to train: as many as the steps ask for; else as many as were asked for; else by size.
-
-    By size is scvi-tools' rule: 400 up to 20,000 cells, fewer in proportion above.
-    """
-    if config.max_iteration is not None:
-        return -(-config.max_iteration // max(1, steps_per_epoch))
-    if config.max_epochs is not None:
-        return config.max_epochs
-    return min(400, max(1, round(20_000 / n_cells * 400)))
+def _fit(run: Run, progress: bool) -> tuple[Task, State, dict[str, Any], float]:
+    """Train, or go on: the task, its last state, what was done in numbers, and cells per second now."""
+    config = run.config
+    task: Task = _model_of(config).prepare(run, progress)
+    begun, trained = time.monotonic(), run_task(run, task, run.view.n_obs, progress)
+    rate = trained.minibatches * min(config.minibatch_size, run.view.n_obs) / (time.monotonic() - begun)
+    return task, trained.state, _summary(run.view, trained.state, trained.per_epoch), rate
 
 
 def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
@@ -228,27 +182,10 @@ def _several(ranks: Ranks) -> dict[str, Any]:
     return {"processes": ranks.world} if ranks.several else {}
 
 
-def _state(run: Run, module: nn.Module, optimizer: Any) -> State:
-    """What an interrupted run has left, on all processes; else a fresh state."""
-    config = run.config
-    kept = run.ranks.share(find_state(run.journal) if run.journal is not None else None)
-    if kept is None:
-        rule = EarlyStopping(
-            config.patience,
-            threshold=config.threshold or 0.0,
-            lr_patience=config.lr_patience or 0,
-            lr_factor=config.lr_factor or 1.0,
-        )
-        return State(0, [], rule)
-    state = restore(kept, module, optimizer)
-    log.info("going on after epoch %d, minibatch %d", state.epoch, state.minibatch)
-    return state
-
-
 def _write(
     location: Location,
     run: Run,
-    module: Any,
+    task: Task,
     found: Finished,
     state: State,
     trained: dict[str, Any],
@@ -256,11 +193,12 @@ def _write(
 ) -> None:
     """The model folder; ``model.json`` comes last and makes it a model."""
     view, config = run.view, run.config
-    names = list(state.history[0]) if state.history else ["epoch", "loss"]
-    rows = [",".join(names)] + [",".join(repr(row[name]) for name in names) for row in state.history]
-    history = ("\n".join(rows) + "\n").encode()
-    location.write("history.csv", history)
-    digest, described = save_weights(location, module, found.tables)
+    tables = {"history.csv": as_csv(state.history)}
+    if task.base:
+        tables["history-base.csv"] = as_csv(task.base)
+    for name, data in tables.items():
+        location.write(name, data)
+    digest, described = save_weights(location, task.module, found.tables)
     uns = {"streamx": {"model": digest, "batch_key": view.batch_key}}
     if config.norm is not None:
         uns["streamx"]["norm"] = config.norm
@@ -270,17 +208,24 @@ def _write(
         "model": config.model,
         "id": digest,
         **asdict(run.schema),
-        "network": asdict(module.config),
+        "network": asdict(task.module.config),
         "norm": config.norm,
         "preprocessing": preprocessing(view),
         "view": fingerprint["view"],
         "settings": fingerprint,
         "training": trained,
         "versions": {"streamx": streamx.__version__, "torch": torch.__version__, "numpy": np.__version__},
-        "files": {WEIGHTS: described, "history.csv": describe(history)},
+        "files": {WEIGHTS: described} | {name: describe(data) for name, data in tables.items()},
     }
     location.sync()
     location.write(CARD, seal(card))
+
+
+def as_csv(history: list[dict[str, float]]) -> bytes:
+    """A history as a table, one row per epoch."""
+    names = list(history[0]) if history else ["epoch", "loss"]
+    rows = [",".join(names)] + [",".join(repr(row[name]) for name in names) for row in history]
+    return ("\n".join(rows) + "\n").encode()
 
 
 def scalex_schema(view: Collection) -> Schema:
@@ -310,6 +255,8 @@ def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, Any]:
     left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.max_epochs is not None:
         left_out.pop("max_iteration", None)
+    elif config.model == "scanvi" and config.max_iteration is None:
+        left_out["max_epochs"] = 10 if not config.base_epochs else min(10, max(2, config.base_epochs // 3))
     if config.warmup_steps is not None:
         left_out.pop("warmup_epochs", None)
     config = replace(config, **left_out)

@@ -17,7 +17,7 @@ from streamx.train.latent import latents, match_reference, view_stats
 from streamx.train.task import Finished, Run, Task
 
 
-def prepare(run: Run) -> Task:
+def prepare(run: Run, progress: bool) -> Task:
     """A new network, and its minibatches from the view."""
     view, config, ranks = run.view, run.config, run.ranks
     loader = make_loader(

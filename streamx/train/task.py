@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamx.config import TrainConfig
 from streamx.schema import Schema
@@ -20,7 +20,13 @@ from streamx.train.distributed import Ranks
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """What a call to ``train`` works with; processes other than the first have no journal."""
+    """What a training works with; processes other than the first have no journal.
+
+    Attributes
+    ----------
+    name
+        Of its state in the journal.
+    """
 
     view: Collection
     schema: Schema
@@ -29,6 +35,7 @@ class Run:
     device: torch.device
     ranks: Ranks
     journal: Journal | None
+    name: str = "training"
 
     @property
     def reading(self) -> dict[str, Any]:
@@ -47,14 +54,17 @@ class Task:
         Of an epoch, of this process.
     recordable
         The loss looks at no value and its minibatches are tensors: a GPU may record a step.
+    base
+        History of a training that came before.
     """
 
-    module: nn.Module
+    module: Any
     minibatches: Callable[[int, int], Iterable[tuple[Any, ...]]]
     loss: Callable[..., dict[str, Tensor]]
     n_minibatches: int
     validate: Callable[[int], tuple[dict[str, Tensor], float]] | None = None
     recordable: bool = False
+    base: list[dict[str, float]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, eq=False)

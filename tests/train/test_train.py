@@ -192,7 +192,7 @@ def test_a_damaged_checkpoint_is_not_trusted(
     with pytest.raises(Killed):
         train(view, tmp_path / "model", **SMALL)
     monkeypatch.undo()
-    [state] = (tmp_path / "model.journal" / "state").iterdir()
+    [state] = (tmp_path / "model.journal" / "training").iterdir()
     data = bytearray(state.read_bytes())
     data[5000] ^= 1
     state.write_bytes(data)
