@@ -278,6 +278,57 @@ class ScviConfig:
 
 
 @dataclass(frozen=True)
+class TotalviConfig:
+    """totalVI: network and loss (Gayoso 2021; names and sizes as scvi-tools documents them).
+
+    The last four settings are what releases of scvi-tools differ in; a checkpoint's release decides them.
+    """
+
+    n_latent: int = option(20, "dimensions of the latent", least=1)
+    n_hidden: int = option(256, "units of every hidden layer", least=1)
+    n_layers_encoder: int = option(2, "hidden layers of the encoder", least=1)
+    n_layers_decoder: int = option(1, "hidden layers of each part of the decoder", least=1)
+    dropout_rate_encoder: float = option(0.2, "share of hidden units dropped in the encoder", least=0)
+    dropout_rate_decoder: float = option(0.2, "share of hidden units dropped in the decoder", least=0)
+    gene_dispersion: str = option(
+        "gene", "what a gene's dispersion depends on", choices=("gene", "gene-batch", "gene-label")
+    )
+    protein_dispersion: str = option(
+        "protein",
+        "what a protein's dispersion depends on",
+        choices=("protein", "protein-batch", "protein-label"),
+    )
+    gene_likelihood: str = option("nb", "distribution of gene counts", choices=("nb", "zinb"))
+    latent_distribution: str = option("normal", "normal, or logistic normal", choices=("normal", "ln"))
+    encode_covariates: bool = option(True, "the encoder sees the batch and other covariates")
+    use_observed_lib_size: bool = option(True, "a cell's library is its total, not a latent variable")
+    log_variational: bool = option(True, "the encoder takes logarithms, ln(1 + x)")
+    use_batch_norm: str = option(
+        "both", "where hidden layers have a batch norm", choices=("encoder", "decoder", "none", "both")
+    )
+    use_layer_norm: str = option(
+        "none", "where hidden layers have a layer norm", choices=("encoder", "decoder", "none", "both")
+    )
+    input_transform: str = option(
+        "log1p",
+        "what the encoder sees of counts x: log1p (ln(1 + x)), or scaled (x over 1 + the cell's mean first; "
+        "scvi-tools from 1.3.1 on)",
+        choices=("log1p", "scaled"),
+    )
+    background_activation: str = option(
+        "softplus",
+        "what makes the background's standard deviation positive: softplus, or exp (scvi-tools before 1.2)",
+        choices=("softplus", "exp"),
+    )
+    per_batch_efficiency: bool = option(
+        False, "a factor per protein and batch on the protein means (scvi-tools from 1.3.1 on)"
+    )
+    protein_warmup: bool = option(
+        False, "the weight of the KL divergence also weights the protein counts (scvi-tools from 1.3.1 on)"
+    )
+
+
+@dataclass(frozen=True)
 class ScanviConfig(ScviConfig):
     """scANVI: scVI's settings, and what it adds (Xu 2021; names and defaults as scvi-tools has them)."""
 
@@ -288,6 +339,42 @@ class ScanviConfig(ScviConfig):
         "the classifier gives logits; without, as before scvi-tools 1.1, the cross-entropy takes the softmax "
         "of probabilities",
     )
+
+
+@dataclass(frozen=True)
+class DifferentialConfig:
+    """Differential expression by a model (Lopez 2018, Boyeau 2019; defaults as documented)."""
+
+    mode: str = option(
+        "change",
+        "change (fold changes of at least delta) or vanilla (more in the first group)",
+        choices=("change", "vanilla"),
+    )
+    delta: float | None = option(
+        0.25, "log2 fold change that counts as one (none: found from the changes' distribution)", least=0
+    )
+    pseudocount: float | None = option(
+        0.0,
+        "added to scales before fold changes are taken (none: found from genes without counts, as scvi-tools "
+        "does from 1.0 on)",
+        least=0,
+    )
+    silent_below: float = option(0.01, "mean count below which a gene has no counts", least=0)
+    test_mode: str = option(
+        "two",
+        "either direction counts together, or the more probable of the two (three; scvi-tools from 1.0 on)",
+        choices=("two", "three"),
+    )
+    n_samples: int = option(5000, "posterior draws per group", least=2)
+    m_permutation: int | None = option(
+        None, "random pairs of draws (default: the draws as they came)", least=1
+    )
+    fdr_target: float = option(0.05, "expected share of false discoveries among the called", least=0)
+    intervals: tuple[float, ...] = option(
+        (), "levels of highest-density intervals of fold changes", many=True
+    )
+    batch_correction: bool = option(False, "decode the cells of both groups as the same batches")
+    seed: int = option(0, "seed of draws and pairs", least=0)
 
 
 @dataclass(frozen=True)
@@ -304,6 +391,49 @@ class FreezeConfig:
     freeze_dispersion: bool = option(
         False, "a new batch's dispersion stays as drawn, as in scvi-tools (gene-batch only)"
     )
+
+
+@dataclass(frozen=True)
+class TrvaeConfig:
+    """trVAE's network, in the words of scArches (documented signature)."""
+
+    hidden_layer_sizes: tuple[int, ...] = option(
+        (256, 64), "units of the encoder's layers; the decoder's are the same backwards", many=True
+    )
+    latent_dim: int = option(10, "dimensions of the latent space", least=1)
+    dr_rate: float = option(0.05, "share of units dropped while training", least=0)
+    use_mmd: bool = option(True, "draw the batches together by their maximum mean discrepancy")
+    mmd_on: str = option(
+        "z", "discrepancy of the latents (z) or of the decoder's first layer (y)", choices=("z", "y")
+    )
+    mmd_boundary: int | None = option(
+        None, "compare the first so many batches with the later ones only (default: all pairs)", least=1
+    )
+    recon_loss: str = option(
+        "nb",
+        "likelihood of the counts: nb, zinb, or mse (squared error of ln(1 + x))",
+        choices=("mse", "nb", "zinb"),
+    )
+    beta: float = option(1.0, "weight of the discrepancy", least=0)
+    use_bn: bool = option(False, "batch norm after each layer, instead of layer norm")
+    use_ln: bool = option(True, "layer norm after each layer")
+    size_factor: str = option(
+        "sum",
+        "a cell's size factor: sum of its counts, or (log_sum) its logarithm as in scArches of December 2020",
+        choices=("sum", "log_sum"),
+    )
+    log_input: bool = option(
+        True, "with mse: take ln(1 + x); off, x is fitted as it is, as by scArches since 2021"
+    )
+
+
+@dataclass(frozen=True)
+class TrvaeFreezeConfig:
+    """What stays as it is while a trVAE model learns new batches (scArches' ``load_query_data``)."""
+
+    freeze: bool = option(True, "all weights but the batches' own stay; off, all move")
+    freeze_expression: bool = option(True, "the first layers' weights, but for the batches' own, stay too")
+    remove_dropout: bool = option(True, "no dropout while training")
 
 
 @dataclass(frozen=True)

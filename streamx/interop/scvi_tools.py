@@ -1,9 +1,4 @@
-"""Weights of scvi-tools' models as ours, and back.
-
-scvi-tools appends one-hot covariates to a layer's input: the columns of its weights are, in this order, the
-input, continuous covariates, batches, and the levels of each further category. Ours are parameters of their
-own (:class:`streamx.models.stack.CovariateLinear`). Everything else differs by name alone.
-"""
+"""Weights of scvi-tools' SCVI and SCANVI as ours, and back: functions on a state dict."""
 
 from __future__ import annotations
 
@@ -13,57 +8,20 @@ from dataclasses import fields
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from streamx.config import ScanviConfig, ScviConfig
+from streamx.interop.scvi_names import Names, fill, gathered, normalised, of_linear, of_stack, size
 from streamx.models.scanvi import Scanvi
 from streamx.models.scvi import Scvi
 from streamx.models.stack import Stack, n_columns
 
-ROWS = {"library_log_means", "library_log_vars", "y_prior"}  # of shape (1, n), ours (n,)
-Names = dict[str, list[str]]  # theirs -> ours, whose tensors lie side by side in theirs
-
-
-def normalised(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """A state dict in the names of scvi-tools 1.4, whatever release wrote it.
-
-    0.8.0 beta wrote ``Layer_0`` and ``px_scale_decoder.weight``; 1.3 added a store of pyro's, which these
-    models do not use.
-    """
-    renamed = {}
-    for name, value in state.items():
-        if name == "pyro_param_store":
-            continue
-        name = re.sub(r"\bLayer_(\d+)", r"Layer \1", name)
-        renamed[re.sub(r"\bpx_scale_decoder\.(weight|bias)$", r"px_scale_decoder.0.\1", name)] = value
-    return renamed
-
-
-def _of_linear(theirs: str, ours: str) -> Names:
-    return {f"{theirs}.{part}": [f"{ours}.{part}"] for part in ("weight", "bias")}
-
-
-def _of_stack(stack: Stack, theirs: str, ours: str) -> Names:
-    names: Names = {}
-    for i, layer in enumerate(stack.layers):
-        columns = f"{ours}.layers.{i}.columns"
-        tables = [
-            name for name in ("continuous", "batch", "category") if getattr(layer.columns, name) is not None
-        ]
-        names |= _of_linear(f"{theirs}.fc_layers.Layer {i}.0", f"{columns}.linear")
-        names[f"{theirs}.fc_layers.Layer {i}.0.weight"] += [f"{columns}.{name}" for name in tables]
-        if layer.norm is not None:
-            parts = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-            norm = f"{ours}.layers.{i}.norm"
-            names |= {f"{theirs}.fc_layers.Layer {i}.1.{part}": [f"{norm}.{part}"] for part in parts}
-    return names
-
 
 def _of_encoder(stack: Stack, theirs: str, ours: str, kind: str = "encoder") -> Names:
-    heads = _of_linear(f"{theirs}.mean_{kind}", f"{ours}.mean") | _of_linear(
+    heads = of_linear(f"{theirs}.mean_{kind}", f"{ours}.mean") | of_linear(
         f"{theirs}.var_{kind}", f"{ours}.log_var"
     )
-    return _of_stack(stack, f"{theirs}.{kind}", f"{ours}.stack") | heads
+    return of_stack(stack, f"{theirs}.{kind}", f"{ours}.stack") | heads
 
 
 def _of_scvi(module: Scvi) -> Names:
@@ -73,12 +31,12 @@ def _of_scvi(module: Scvi) -> Names:
     if module.library_encoder is not None:
         names |= _of_encoder(module.library_encoder.stack, "l_encoder", "library_encoder")
         names |= {"library_log_means": ["library_mean_b"], "library_log_vars": ["library_var_b"]}
-    names |= _of_stack(module.decoder.stack, "decoder.px_decoder", "decoder.stack")
-    names |= _of_linear("decoder.px_scale_decoder.0", "decoder.scale")
+    names |= of_stack(module.decoder.stack, "decoder.px_decoder", "decoder.stack")
+    names |= of_linear("decoder.px_scale_decoder.0", "decoder.scale")
     if module.decoder.log_theta is not None:
-        names |= _of_linear("decoder.px_r_decoder", "decoder.log_theta")
+        names |= of_linear("decoder.px_r_decoder", "decoder.log_theta")
     if module.decoder.dropout is not None:
-        names |= _of_linear("decoder.px_dropout_decoder", "decoder.dropout")
+        names |= of_linear("decoder.px_dropout_decoder", "decoder.dropout")
     return names
 
 
@@ -88,9 +46,9 @@ def _of_scanvi(module: Scanvi) -> Names:
     names |= _of_encoder(module.z2_encoder.stack, "encoder_z2_z1", "z2_encoder")
     names |= _of_encoder(module.z1_decoder.stack, "decoder_z1_z2", "z1_decoder", "decoder")
     if module.classifier.stack is None:
-        return names | _of_linear("classifier.classifier.0", "classifier.out")
-    names |= _of_stack(module.classifier.stack, "classifier.classifier.0", "classifier.stack")
-    return names | _of_linear("classifier.classifier.1", "classifier.out")
+        return names | of_linear("classifier.classifier.0", "classifier.out")
+    names |= of_stack(module.classifier.stack, "classifier.classifier.0", "classifier.stack")
+    return names | of_linear("classifier.classifier.1", "classifier.out")
 
 
 def _names(module: Scvi | Scanvi) -> Names:
@@ -106,17 +64,11 @@ def _unused(module: Scvi | Scanvi, names: Names) -> dict[str, tuple[int, ...]]:
         shapes |= {f"decoder.{head}.weight": (n_genes, n_hidden), f"decoder.{head}.bias": (n_genes,)}
     for name in names:
         if name.startswith("z_encoder.encoder.fc_layers.Layer 0."):
-            own = _sizes(module, names[name])
+            own = size(module, names[name])
             shapes[name.replace("z_encoder", "l_encoder", 1)] = own
     for head in ("mean_encoder", "var_encoder"):
         shapes |= {f"l_encoder.{head}.weight": (1, n_hidden), f"l_encoder.{head}.bias": (1,)}
     return {name: shape for name, shape in shapes.items() if name not in names}
-
-
-def _sizes(module: nn.Module, ours: list[str]) -> tuple[int, ...]:
-    state = module.state_dict()
-    first = tuple(state[ours[0]].shape)
-    return first if len(ours) == 1 else (first[0], sum(state[name].shape[1] for name in ours))
 
 
 def state_dict_of(module: Scvi | Scanvi) -> dict[str, Tensor]:
@@ -125,11 +77,8 @@ def state_dict_of(module: Scvi | Scanvi) -> dict[str, Tensor]:
     Parts that scvi-tools makes and such a model never uses (the library encoder where the library size is
     observed) are there too, as zeros; norms among them as they begin.
     """
-    names, state = _names(module), module.state_dict()
-    found = {}
-    for theirs, ours in names.items():
-        tensor = state[ours[0]] if len(ours) == 1 else torch.cat([state[name] for name in ours], 1)
-        found[theirs] = (tensor[None] if theirs in ROWS else tensor).contiguous()
+    names = _names(module)
+    found = gathered(module, names)
     for name, shape in _unused(module, names).items():
         ones = name.endswith(("0.1.weight", "running_var"))
         dtype = torch.int64 if name.endswith("num_batches_tracked") else torch.float32
@@ -163,7 +112,7 @@ def module_from(kind: str, state_dict: Mapping[str, Any], settings: Mapping[str,
     vae = _empty_scvi(state, settings)
     scanvi = kind == "scanvi"
     module = Scanvi(vae, state["y_prior"].shape[1], _scanvi_config(settings)) if scanvi else vae
-    _fill(module, state)
+    fill(module, _names(module), state)
     return module
 
 
@@ -200,20 +149,3 @@ def _empty_scvi(state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> Scv
         n_continuous=n_continuous,
         library_b=None if means is None or vars_ is None else (means[0].numpy(), vars_[0].numpy()),
     )
-
-
-def _fill(module: Scvi | Scanvi, state: Mapping[str, Tensor]) -> None:
-    """Copy their tensors into ours."""
-    own = module.state_dict()
-    with torch.no_grad():
-        for theirs, ours in _names(module).items():
-            want = _sizes(module, ours)
-            got = state.get(theirs)
-            if got is not None and theirs in ROWS:
-                got = got[0]
-            if got is None or tuple(got.shape) != want:
-                found = "nothing" if got is None else tuple(got.shape)
-                raise ValueError(f"{theirs}: got {found}, want {want}: do the settings fit the model?")
-            parts = [got] if len(ours) == 1 else got.split([own[name].shape[1] for name in ours], 1)
-            for name, part in zip(ours, parts, strict=True):
-                own[name].copy_(part)

@@ -1,0 +1,1 @@
+"""What a trained count model says about cells: functions of (module, minibatches) to arrays; no stores."""
