@@ -394,6 +394,49 @@ class FreezeConfig:
 
 
 @dataclass(frozen=True)
+class TrvaeConfig:
+    """trVAE's network, in the words of scArches (documented signature)."""
+
+    hidden_layer_sizes: tuple[int, ...] = option(
+        (256, 64), "units of the encoder's layers; the decoder's are the same backwards", many=True
+    )
+    latent_dim: int = option(10, "dimensions of the latent space", least=1)
+    dr_rate: float = option(0.05, "share of units dropped while training", least=0)
+    use_mmd: bool = option(True, "draw the batches together by their maximum mean discrepancy")
+    mmd_on: str = option(
+        "z", "discrepancy of the latents (z) or of the decoder's first layer (y)", choices=("z", "y")
+    )
+    mmd_boundary: int | None = option(
+        None, "compare the first so many batches with the later ones only (default: all pairs)", least=1
+    )
+    recon_loss: str = option(
+        "nb",
+        "likelihood of the counts: nb, zinb, or mse (squared error of ln(1 + x))",
+        choices=("mse", "nb", "zinb"),
+    )
+    beta: float = option(1.0, "weight of the discrepancy", least=0)
+    use_bn: bool = option(False, "batch norm after each layer, instead of layer norm")
+    use_ln: bool = option(True, "layer norm after each layer")
+    size_factor: str = option(
+        "sum",
+        "a cell's size factor: sum of its counts, or (log_sum) its logarithm as in scArches of December 2020",
+        choices=("sum", "log_sum"),
+    )
+    log_input: bool = option(
+        True, "with mse: take ln(1 + x); off, x is fitted as it is, as by scArches since 2021"
+    )
+
+
+@dataclass(frozen=True)
+class TrvaeFreezeConfig:
+    """What stays as it is while a trVAE model learns new batches (scArches' ``load_query_data``)."""
+
+    freeze: bool = option(True, "all weights but the batches' own stay; off, all move")
+    freeze_expression: bool = option(True, "the first layers' weights, but for the batches' own, stay too")
+    remove_dropout: bool = option(True, "no dropout while training")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     # Typed as they are once `train` has filled in what was left out.
     model: str = option("scalex", "which model", choices=tuple(TRAINING))
@@ -402,6 +445,11 @@ class TrainConfig:
     category_keys: tuple[str, ...] = option((), "further categorical covariates: obs columns", many=True)
     continuous_keys: tuple[str, ...] = option((), "continuous covariates: obs columns", many=True)
     protein_key: str = option("protein_expression", "obsm matrix of protein counts (totalvi)")
+    empirical_prior: bool | None = option(
+        None,
+        "totalvi: begin the prior of the proteins' background from mixtures fitted to a few cells (default: "
+        "with more than ten proteins)",
+    )
     arches: bool = option(
         False,
         "scArches' settings of the network, for references that surgery extends: two layers, layer norm, "
@@ -529,7 +577,13 @@ class SurgeryConfig:
 
 
 # The settings of each model's network.
-NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig, "scanvi": ScanviConfig}
+NETWORKS: dict[str, type] = {
+    "scalex": ScalexConfig,
+    "scvi": ScviConfig,
+    "scanvi": ScanviConfig,
+    "totalvi": TotalviConfig,
+    "trvae": TrvaeConfig,
+}
 
 
 @dataclass(frozen=True)

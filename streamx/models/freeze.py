@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from streamx.config import FreezeConfig
 from streamx.models.grow import batch_tables
 from streamx.models.stack import Layer
+from streamx.models.trvae import Block
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +27,7 @@ class Trainable:
         Names of parameters -> where they move (bool, of the parameter's shape), or None: everywhere.
         A parameter that is not there stays.
     no_dropout
-        Names of :class:`~streamx.models.stack.Layer` whose dropout is off.
+        Names of layers whose dropout is off.
     still_norms
         Names of batch norms whose running statistics stay. (While training they normalise by the minibatch's
         own, as in the reference implementation.)
@@ -56,7 +57,7 @@ def trainable(module: nn.Module, n_new: int, options: FreezeConfig | None = None
         if _part(name) in whole or _moves_by_option(name, options):
             moves[name] = None
         elif name in tables and not (_part(name).startswith("log_theta_") and options.freeze_dispersion):
-            moves[name] = _last(parameter, tables[name], n_new)
+            moves[name] = last(parameter, tables[name], n_new)
     names = dict(module.named_modules())
     layers = [n for n, m in names.items() if isinstance(m, Layer) and _part(n) not in whole]
     norms = [n for n, m in names.items() if isinstance(m, nn.BatchNorm1d) and _part(n) not in whole]
@@ -92,7 +93,8 @@ def _moves_by_option(name: str, options: FreezeConfig) -> bool:
     return in_first and not first.get(_part(name), True)
 
 
-def _last(table: Tensor, dimension: int, n_new: int) -> Tensor:
+def last(table: Tensor, dimension: int, n_new: int) -> Tensor:
+    """Where a table's last ``n_new`` batches are: bool, of its shape."""
     mask = torch.zeros_like(table, dtype=torch.bool)
     mask.narrow(dimension, table.shape[dimension] - n_new, n_new).fill_(True)
     return mask
@@ -107,7 +109,7 @@ def freeze(module: nn.Module, plan: Trainable) -> None:
             parameter.register_hook(_within(mask))
     for name in plan.no_dropout:
         layer = module.get_submodule(name)
-        assert isinstance(layer, Layer)
+        assert isinstance(layer, (Layer, Block))
         layer.dropout = 0.0
     for name in plan.still_norms:
         norm = module.get_submodule(name)

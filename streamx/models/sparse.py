@@ -6,7 +6,7 @@ float32; which path is taken is the caller's choice, by the type of the input.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -56,6 +56,10 @@ class Rows:
         out_ng = np.zeros((len(self), self.n_genes), np.float32)
         out_ng[row_v, self.gene_v] = self.value_v
         return torch.from_numpy(out_ng)
+
+    def log1p(self) -> Rows:
+        """ln(1 + x), as of a tensor."""
+        return replace(self, value_v=np.log1p(self.value_v))
 
     @cached_property
     def by_gene(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

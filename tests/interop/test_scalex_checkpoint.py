@@ -84,7 +84,7 @@ def test_allowed_names_are_inert(tmp_path: Path) -> None:
     payload = b"cnumpy.core.multiarray\n_reconstruct\n(I100000000000\nI1\ntR."
     with zipfile.ZipFile(tmp_path / "config.pt", "w") as archive:
         archive.writestr("config/data.pkl", payload)
-    with pytest.raises(BadFileError, match="no SCALEX settings"):
+    with pytest.raises(BadFileError, match="can't be read: an array without values"):
         read_config(tmp_path / "config.pt")
 
 
