@@ -20,6 +20,7 @@ _PUBLIC: dict[str, str] = {
     "Loader": "streamx.loader.loader:Loader",
     "train": "streamx.train.run:train",
     "project": "streamx.project:project",
+    "surgery": "streamx.surgery:surgery",
     "transfer": "streamx.mapping:transfer",
     "metrics": "streamx.mapping:metrics",
     "integrate": "streamx.integrate:integrate",

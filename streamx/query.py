@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -262,17 +262,28 @@ class Laid:
         return sum(8 * values + 32 * rows for rows, values in self.sizes)
 
     def __iter__(self) -> Iterator[Block]:
-        with ExitStack() as stack:
-            files = {name: stack.enter_context((self.folder / name).open("rb")) for name in _FIELDS}
+        return map(self.block, range(len(self.sizes)))
 
-            def read(name: str, n: int) -> np.ndarray:
-                return np.fromfile(files[name], _FIELDS[name], n)
+    def block(self, number: int) -> Block:
+        rows, values = self.sizes[number]
+        before = self._before[number]
 
-            for rows, values in self.sizes:
-                row_n, total_n, batch_n = (read(name, rows) for name in ("row", "total", "batch"))
-                arrays = read("data", values), read("indices", values), read("indptr", rows + 1)
-                x_ng = sparse.csr_matrix(arrays, shape=(rows, self.n_genes))
-                yield Block(row_n, x_ng, total_n, batch_n)
+        def read(name: str, n: int) -> np.ndarray:
+            dtype = np.dtype(_FIELDS[name])
+            first = {"indptr": before[0] + number, "indices": before[1], "data": before[1]}.get(
+                name, before[0]
+            )
+            return np.fromfile(self.folder / name, dtype, n, offset=int(first) * dtype.itemsize)
+
+        row_n, total_n, batch_n = (read(name, rows) for name in ("row", "total", "batch"))
+        arrays = read("data", values), read("indices", values), read("indptr", rows + 1)
+        return Block(row_n, sparse.csr_matrix(arrays, shape=(rows, self.n_genes)), total_n, batch_n)
+
+    @cached_property
+    def _before(self) -> np.ndarray:
+        """Rows and values of all blocks before each, int64 (n_blocks + 1, 2)."""
+        sizes = np.array(self.sizes, np.int64).reshape(-1, 2)
+        return np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(sizes, axis=0)])
 
 
 _FIELDS: dict[str, Any] = {
@@ -430,6 +441,19 @@ def query_obs(
         schema[name] = dtype if categories is None else dtype | {"categories": categories}
         columns[name] = value_n.__getitem__
     return gathered(order, names, columns, schema)
+
+
+def obs_rows(query: Query, row_n: np.ndarray, names: Sequence[str]) -> pd.DataFrame:
+    """Columns of obs, those that there are, for ascending rows of a query; indexed by the cells' names."""
+    file_n, within_n = file_of(row_n, [source.n_obs for source in query.sources])
+    parts = [pd.DataFrame(index=pd.Index([], dtype=object))]
+    for f in np.unique(file_n).tolist():
+        source, rows = query.sources[f], within_n[file_n == f]
+        low, high = int(rows[0]), int(rows[-1]) + 1
+        there = [name for name in names if name in source.cells.columns]
+        part = source.cells.rows(low, high)[there].iloc[rows - low]
+        parts.append(part.set_axis(pd.Index(source.obs_names[low:high], dtype=object)[rows - low], axis=0))
+    return parts[-1] if len(parts) == 2 else pd.concat(parts)
 
 
 def _obs_pieces(source: Source) -> Iterator[pd.DataFrame]:

@@ -47,12 +47,25 @@ ROOMS: dict[str, set[str]] = {
     "plots": CORE | {"labels", "neighbors", "metrics"},
     "figures": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
+    "surgery": DATA | {"models", "train", "query", "project", "mapping"},
     "verify": CORE | {"store", "train", "mapping"},
     "integrate": DATA | {"models", "train", "interop", "project", "mapping", "neighbors", "metrics", "plots"},
     "demo": {"demo"},
     "__main__": {"cli"},
     "cli": DATA
-    | {"models", "train", "interop", "project", "mapping", "integrate", "verify", "figures", "plots", "demo"}
+    | {
+        "models",
+        "train",
+        "interop",
+        "project",
+        "surgery",
+        "mapping",
+        "integrate",
+        "verify",
+        "figures",
+        "plots",
+        "demo",
+    }
     | {"simulate"},
 }
 

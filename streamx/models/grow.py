@@ -99,3 +99,28 @@ def _append(
         setattr(owner, leaf, nn.Parameter(longer, requires_grad=table.requires_grad))
     else:
         owner.register_buffer(leaf, longer)
+
+
+def selected(module: nn.Module, codes: Sequence[int]) -> nn.Module:
+    """A new module with these of the batches, in this order; the given module stays as it is."""
+    made = copy.deepcopy(module)
+    for name, dimension in batch_tables(made).items():
+        path, _, leaf = name.rpartition(".")
+        owner = made.get_submodule(path)
+        table: Tensor = getattr(owner, leaf)
+        if table.shape[dimension] == 0:  # of a single batch, which has no column
+            continue
+        chosen = table.detach().index_select(dimension, torch.tensor(list(codes), dtype=torch.int64))
+        if isinstance(table, nn.Parameter):
+            setattr(owner, leaf, nn.Parameter(chosen, requires_grad=table.requires_grad))
+        else:
+            owner.register_buffer(leaf, chosen)
+    _add_to_count(made, len(codes) - module.n_batches)  # type: ignore[operator, arg-type]
+    return made
+
+
+def _add_to_count(module: nn.Module, n: int) -> None:
+    """More (or fewer) batches in every part that counts them."""
+    for part in module.modules():
+        if "n_batches" in vars(part):
+            vars(part)["n_batches"] += n

@@ -289,7 +289,7 @@ def _entropy(low, high, t_nc, code_n, scale_bc, shift_bc, d_ng):
     total = 0.0
     for i in range(n):
         _multiply_add(t_nc[i], scale_bc[code_n[i]], shift_bc[code_n[i]], logit_c)
-        _exp_minus_abs(logit_c, power_c, e_c)
+        exp_minus_abs(logit_c, power_c, e_c)
         _softplus(logit_c, e_c, above_c, product_c, d_ng[i, low:high])
         if i % _ROWS_PER_LOG == _ROWS_PER_LOG - 1 or i == n - 1:
             for c in range(width):
@@ -305,7 +305,7 @@ def _multiply_add(x_c, scale_c, shift_c, out_c):
 
 
 @_vectorised
-def _exp_minus_abs(x_c, power_c, e_c):
+def exp_minus_abs(x_c, power_c, e_c):
     """exp(-|x|) to one or two units in the last place (polynomial of Cephes' expf); NaN stays NaN."""
     bits_c = power_c.view(np.int32)
     for c in range(x_c.size):

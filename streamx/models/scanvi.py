@@ -143,22 +143,19 @@ class Scanvi(nn.Module):
         z1_term_nl, kl_z2_nl = self._by_label(z1_nk, generator)
         log_p_nl = torch.log_softmax(self.classifier(z1_nk, generator), -1)
         p_nl = log_p_nl.exp()
-        reconstruction_n = self.vae.reconstruction(z1_nk, library_n, cells)
-        reconstruction_n = reconstruction_n + gaussian.log_prob(z1_nk, mean_nk, var_nk).sum(1)
-        reconstruction_n = reconstruction_n + (z1_term_nl * p_nl).sum(1)
+        z1_term_n = gaussian.log_prob(z1_nk, mean_nk, var_nk).sum(1) + (z1_term_nl * p_nl).sum(1)
+        reconstruction = self.vae.mean_reconstruction(z1_nk, library_n, cells) + z1_term_n.mean()
         kl_n = (kl_z2_nl * p_nl).sum(1) + (p_nl * (log_p_nl - self.label_prior_l.log())).sum(1)
         kl_n = sum(of_library.values(), kl_n)
         if labelled is None:
             classification = self._cross_entropy(mean_nk, cells, generator)
         else:
             classification = self._cross_entropy(self.encode(labelled, generator)[0], labelled, generator)
-        loss = (
-            reconstruction_n + kl_weight * kl_n
-        ).mean() + self.config.classification_ratio * classification
+        kl = kl_n.mean()
         return {
-            "loss": loss,
-            "reconstruction": reconstruction_n.mean(),
-            "kl": kl_n.mean(),
+            "loss": reconstruction + kl_weight * kl + self.config.classification_ratio * classification,
+            "reconstruction": reconstruction,
+            "kl": kl,
             "classification": classification,
         }
 

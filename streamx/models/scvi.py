@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from streamx.config import ScviConfig
 from streamx.models import gaussian
 from streamx.models.cells import Cells
+from streamx.models.count_loss import mean_count_loss
 from streamx.models.counts import Counts
 from streamx.models.layers import linear
 from streamx.models.sparse import Rows
@@ -234,24 +235,31 @@ class Scvi(nn.Module):
             Decode every cell as if it were of this batch.
         """
         batch_n = cells.batch_n if batch is None else torch.full_like(cells.batch_n, batch)
-        h_nh = self.decoder.stack(z_nk, batch_n, cells.category_nc, cells.continuous_nc)
+        h_nh = self._hidden(z_nk, batch_n, cells)
         scale_ng = torch.softmax(self.decoder.scale(h_nh).float(), -1)
         rate_ng = library_n.exp()[:, None] * scale_ng
         dropout_ng = None if self.decoder.dropout is None else self.decoder.dropout(h_nh).float()
-        theta = None if self.config.gene_likelihood == "poisson" else self._theta(h_nh, batch_n, cells)
-        return Counts(scale_ng, rate_ng, theta, dropout_ng)
+        if self.config.gene_likelihood == "poisson":
+            return Counts(scale_ng, rate_ng)
+        table_rg, row_n = self._log_theta(h_nh, batch_n, cells)
+        log_theta = table_rg[0] if len(table_rg) == 1 else F.embedding(row_n, table_rg)
+        return Counts(scale_ng, rate_ng, log_theta.exp(), dropout_ng)
 
-    def _theta(self, h_nh: Tensor, batch_n: Tensor, cells: Cells) -> Tensor:
+    def _hidden(self, z_nk: Tensor, batch_n: Tensor, cells: Cells) -> Tensor:
+        return self.decoder.stack(z_nk, batch_n, cells.category_nc, cells.continuous_nc)
+
+    def _log_theta(self, h_nh: Tensor, batch_n: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+        """Table of ln theta (n_rows, n_genes), and each cell's row of it."""
         kind = self.config.dispersion
         if kind == "gene-cell":
             assert self.decoder.log_theta is not None
-            return self.decoder.log_theta(h_nh).float().exp()
+            return self.decoder.log_theta(h_nh).float(), torch.arange(len(h_nh), device=h_nh.device)
         if kind == "gene-batch":
-            return F.embedding(batch_n, self.log_theta_gb.t()).exp()
+            return self.log_theta_gb.t(), batch_n
         if kind == "gene-label":
             assert cells.label_n is not None
-            return F.embedding(cells.label_n, self.log_theta_gl.t()).exp()
-        return self.log_theta_g.exp()
+            return self.log_theta_gl.t(), cells.label_n
+        return self.log_theta_g[None], torch.zeros_like(batch_n)
 
     # -- the loss ------------------------------------------------------------------------------------------
 
@@ -271,19 +279,25 @@ class Scvi(nn.Module):
         -------
         ``loss``, ``reconstruction``, ``kl`` (of z) and, where the library is latent, ``kl_library``.
         """
-        terms = self.terms(cells, generator)
-        loss_n = terms["reconstruction"] + kl_weight * terms["kl"]
-        if "kl_library" in terms:
-            loss_n = loss_n + terms["kl_library"]
-        return {"loss": loss_n.mean()} | {name: term_n.mean() for name, term_n in terms.items()}
+        z_nk, library_n, kl = self._drawn(cells, generator)
+        means = {"reconstruction": self.mean_reconstruction(z_nk, library_n, cells)}
+        means |= {name: kl_n.mean() for name, kl_n in kl.items()}
+        loss = means["reconstruction"] + kl_weight * means["kl"]
+        return {"loss": loss + means["kl_library"] if "kl_library" in means else loss} | means
 
     def terms(self, cells: Cells, generator: torch.Generator | None = None) -> dict[str, Tensor]:
         """What the loss is made of, per cell (n,): -ln p(x | z, l) at one draw, and KL divergences."""
+        z_nk, library_n, kl = self._drawn(cells, generator)
+        return {"reconstruction": self.reconstruction(z_nk, library_n, cells)} | kl
+
+    def _drawn(
+        self, cells: Cells, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """A draw of latent and library, and their KL divergences (n,)."""
         mean_nk, var_nk = self.encode(cells, generator)
         z_nk = self.latent(gaussian.draw(mean_nk, var_nk, generator))
         library_n, of_library = self.library(cells, generator)
-        found = {"reconstruction": self.reconstruction(z_nk, library_n, cells)}
-        return found | {"kl": gaussian.kl(mean_nk, var_nk).sum(1)} | of_library
+        return z_nk, library_n, {"kl": gaussian.kl(mean_nk, var_nk).sum(1)} | of_library
 
     def library(
         self, cells: Cells, generator: torch.Generator | None = None
@@ -298,6 +312,18 @@ class Scvi(nn.Module):
     def reconstruction(self, z_nk: Tensor, library_n: Tensor, cells: Cells) -> Tensor:
         """-ln p(x | z, l), summed over genes: (n,)."""
         return -self.decode(z_nk, library_n, cells).log_prob(dense(cells.x_ng)).sum(1)
+
+    def mean_reconstruction(self, z_nk: Tensor, library_n: Tensor, cells: Cells) -> Tensor:
+        """The mean of :meth:`reconstruction` over cells; against sparse rows in one pass where it can be."""
+        x = cells.x_ng
+        if not isinstance(x, Rows) or self.config.gene_likelihood == "poisson":
+            return self.reconstruction(z_nk, library_n, cells).mean()
+        h_nh = self._hidden(z_nk, cells.batch_n, cells)
+        table_rg, row_n = self._log_theta(h_nh, cells.batch_n, cells)
+        if len(table_rg) > len(x):
+            table_rg, row_n = F.embedding(row_n, table_rg), torch.arange(len(x))
+        dropout_ng = None if self.decoder.dropout is None else self.decoder.dropout(h_nh)
+        return mean_count_loss(self.decoder.scale(h_nh), library_n, table_rg, row_n, x, dropout_ng)
 
     def _library_prior(self, cells: Cells) -> tuple[Tensor, Tensor]:
         assert self.library_mean_b is not None

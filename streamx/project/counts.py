@@ -91,7 +91,6 @@ class QueryColumns:
     ) -> None:
         self.model, self.query, self.batch_b = model, query, batch_b
         self.category_nc, self.continuous_nc = category_nc, continuous_nc
-        self.lengths = [source.n_obs for source in query.sources]
 
     def cells(self, block: Block) -> Cells:
         """A block's cells; on the CPU as sparse rows where the model takes them."""
@@ -101,6 +100,8 @@ class QueryColumns:
         if device.type == "cpu" and self.model.kind not in TAKES_ROWS:
             x_ng = x_ng.dense()
 
+        proteins = self.model.schema.protein_key is not None
+
         def there(values: np.ndarray) -> torch.Tensor:
             return torch.as_tensor(np.asarray(values), device=device)
 
@@ -109,28 +110,27 @@ class QueryColumns:
             batch_n=there(self.batch_b[block.batch_n]),
             category_nc=None if self.category_nc is None else there(self.category_nc[block.row_n]).long(),
             continuous_nc=None if self.continuous_nc is None else there(self.continuous_nc[block.row_n]),
-            protein_np=self._proteins(block.row_n, device),
+            protein_np=there(query_proteins(self.model, self.query, block.row_n)) if proteins else None,
         )
 
-    def _proteins(self, row_n: np.ndarray, device: torch.device) -> torch.Tensor | None:
-        """Protein counts on the model's proteins; zero where the query has none."""
-        names, key = self.model.schema.proteins, self.model.schema.protein_key
-        if not names or key is None:
-            return None
-        out_np = np.zeros((len(row_n), len(names)), np.float32)
-        file_n, within_n = file_of(row_n, self.lengths)
-        for f in np.unique(file_n).tolist():
-            source, mine = self.query.sources[f], np.flatnonzero(file_n == f)
-            if key not in source.obsm:
-                continue
-            low, high = int(within_n[mine[0]]), int(within_n[mine[-1]]) + 1
-            rows_np = source.read_obsm(key, low, high)[within_n[mine] - low]
-            position = {name: p for p, name in enumerate(source.obsm[key])}
-            found = [(p, position[name]) for p, name in enumerate(names) if name in position]
-            if found:
-                to, of = map(list, zip(*found, strict=True))
-                out_np[np.ix_(mine, to)] = rows_np[:, of]
-        return torch.from_numpy(out_np).to(device)
+
+def query_proteins(model: Model, query: Query, row_n: np.ndarray) -> np.ndarray:
+    """Protein counts of ascending rows of a query on the model's proteins, float32; 0 where it has none."""
+    names, key = model.schema.proteins, model.schema.protein_key
+    out_np = np.zeros((len(row_n), len(names)), np.float32)
+    file_n, within_n = file_of(row_n, [source.n_obs for source in query.sources])
+    for f in np.unique(file_n).tolist():
+        source, mine = query.sources[f], np.flatnonzero(file_n == f)
+        if key is None or key not in source.obsm:
+            continue
+        low, high = int(within_n[mine[0]]), int(within_n[mine[-1]]) + 1
+        rows_np = source.read_obsm(key, low, high)[within_n[mine] - low]
+        position = {name: p for p, name in enumerate(source.obsm[key])}
+        found = [(p, position[name]) for p, name in enumerate(names) if name in position]
+        if found:
+            to, of = map(list, zip(*found, strict=True))
+            out_np[np.ix_(mine, to)] = rows_np[:, of]
+    return out_np
 
 
 def query_columns(model: Model, query: Query) -> QueryColumns:

@@ -1,0 +1,165 @@
+"""Cells that batches are learnt from, as views: of one file, or of all files that hold cells of a batch.
+
+Rows lie by batch and, within, by the hash of the cells' names. So neither the order of cells in a file nor
+how a batch is shared out over files matters for what is learnt from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from streamx.errors import BadValuesError, EmptyError
+from streamx.project.counts import query_proteins
+from streamx.query import Block, Query, lay_blocks, obs_rows
+from streamx.store.collection import Collection
+from streamx.store.pack import Content, write_part
+from streamx.store.spill import Slab
+from streamx.train.model import Model
+
+PLACE = "_streamx_place"  # of a cell among those of its file that pass
+BLOCK_ROWS = 16_384
+
+Read = Callable[[], tuple[Any, dict[str, np.ndarray]]]  # counts (CSR), and dense matrices by name
+
+
+def lay_query(
+    model: Model,
+    query: Query,
+    batches: Sequence[str],
+    blocks: Iterable[Block],
+    path: Path,
+    options: dict[str, Any],
+    *,
+    new_labels: str,
+) -> Collection:
+    """A view of the cells of some of a query's batches.
+
+    Parameters
+    ----------
+    blocks
+        The query's cells that pass; read once.
+    options
+        ``memory`` and ``threads``.
+    new_labels
+        ``refuse`` labels that the model does not know, or ``keep`` them.
+
+    Raises
+    ------
+    EmptyError
+        If no cell of these batches passes.
+    """
+    kept = lay_blocks(blocks, query.scratch / "blocks", len(model.genes))
+    wanted_b = np.isin(query.batches, batches)
+    found, reads, place = [], [], 0
+    for number, block in enumerate(kept):
+        mine = np.flatnonzero(wanted_b[block.batch_n])
+        frame = obs_rows(query, block.row_n[mine], _columns(model))
+        frame["batch"] = np.array(query.batches, dtype=object)[block.batch_n[mine]]
+        frame[PLACE] = place + mine
+        found.append(frame)
+        reads.append(partial(_read_block, model, query, kept, number, mine))
+        place += len(block.row_n)
+    obs = pd.concat(found) if found else pd.DataFrame()
+    if not len(obs):
+        raise EmptyError(
+            f"no cell of {', '.join(batches)} passes", where=query.name, fix="a lower --min-features"
+        )
+    _check_labels(model, query, obs, new_labels)
+    return _write(model, obs, list(zip(map(len, found), reads, strict=True)), path, options)
+
+
+def merge_cells(
+    model: Model, views: Sequence[Collection], batch: str, path: Path, options: dict[str, Any]
+) -> Collection:
+    """A view of all cells of a batch, from those of several files."""
+    found, reads = [], []
+    for view in views:
+        start, stop = rows_of(view, batch)
+        found.append(view.obs.iloc[start:stop])
+        for low, high in view.iter_rows(BLOCK_ROWS, start, stop):
+            reads.append((high - low, partial(_read_view, model, view, low, high)))
+    return _write(model, pd.concat(found), reads, path, options)
+
+
+def rows_of(view: Collection, batch: str) -> tuple[int, int]:
+    """Where the cells of a batch lie in a view of this room."""
+    sizes = view.batch_sizes
+    code = view.batches.index(batch)
+    return int(sizes[:code].sum()), int(sizes[: code + 1].sum())
+
+
+def _columns(model: Model) -> list[str]:
+    """obs columns that the model asks for, those that a query may lack last."""
+    schema = model.schema
+    return [*(key for key, _ in schema.categories), *schema.continuous, *filter(None, [schema.label_key])]
+
+
+def _read_block(
+    model: Model, query: Query, kept: Any, number: int, mine: np.ndarray
+) -> tuple[Any, dict[str, np.ndarray]]:
+    block, key = kept.block(number), model.schema.protein_key
+    dense = {} if key is None else {key: query_proteins(model, query, block.row_n[mine])}
+    return block.x_ng[mine], dense
+
+
+def _read_view(model: Model, view: Collection, low: int, high: int) -> tuple[Any, dict[str, np.ndarray]]:
+    key = model.schema.protein_key
+    return view.read(low, high), {} if key is None else {key: view.read_obsm(key, low, high)}
+
+
+def _check_labels(model: Model, query: Query, obs: pd.DataFrame, new_labels: str) -> None:
+    """Labels that the model does not know are a mistake, unless they are said to be new."""
+    key = model.schema.label_key
+    if new_labels == "keep" or key is None or key not in obs or not model.schema.labels:
+        return
+    known = {*model.schema.labels, model.schema.unlabeled}
+    other = sorted({str(label) for label in obs[key].dropna()} - known)
+    if other:
+        raise BadValuesError(
+            f"{len(other)} labels in {key!r} that the reference does not know: {', '.join(other[:5])}",
+            where=query.name,
+            fix="rename them; or --new-labels keep (in obs: for the classifier they count as unlabelled)",
+        )
+
+
+def _write(
+    model: Model,
+    obs: pd.DataFrame,
+    reads: Sequence[tuple[int, Read]],
+    path: Path,
+    options: dict[str, Any],
+) -> Collection:
+    """A view of cells that come in pieces of so many rows each."""
+    batches = sorted({str(name) for name in obs["batch"]})
+    batch_n = pd.Categorical(obs["batch"].astype(str), categories=batches)
+    hash_n = pd.util.hash_array(obs.index.to_numpy(dtype=object))
+    order = np.lexsort((obs.index.to_numpy(dtype=str), hash_n, batch_n.codes))
+    target_n = np.empty(len(obs), np.int64)
+    target_n[order] = np.arange(len(obs))
+    ends = np.cumsum([rows for rows, _ in reads])
+    slabs = [
+        Slab(f"{number:06d}", target_n[end - rows : end], read)
+        for number, (end, (rows, read)) in enumerate(zip(ends.tolist(), reads, strict=True))
+        if rows
+    ]
+    schema = model.schema
+    obsm = {}
+    if schema.protein_key is not None:
+        everywhere = {name: [True] * len(schema.proteins) for name in batches}
+        obsm = {schema.protein_key: (list(schema.proteins), everywhere)}
+    content = Content(
+        kind="view",
+        obs=obs.assign(batch=batch_n).iloc[order],
+        var=pd.DataFrame(index=list(schema.genes)),
+        batch_key="batch",
+        fingerprint={"cells": len(obs)},
+        obsm=obsm,
+        view={"transform": {}, "parameters": {}, "recipe": {}},
+    )
+    return write_part(path, slabs, content, **options)
