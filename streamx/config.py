@@ -445,6 +445,11 @@ class TrainConfig:
     category_keys: tuple[str, ...] = option((), "further categorical covariates: obs columns", many=True)
     continuous_keys: tuple[str, ...] = option((), "continuous covariates: obs columns", many=True)
     protein_key: str = option("protein_expression", "obsm matrix of protein counts (totalvi)")
+    empirical_prior: bool | None = option(
+        None,
+        "totalvi: begin the prior of the proteins' background from mixtures fitted to a few cells (default: "
+        "with more than ten proteins)",
+    )
     arches: bool = option(
         False,
         "scArches' settings of the network, for references that surgery extends: two layers, layer norm, "
@@ -572,7 +577,13 @@ class SurgeryConfig:
 
 
 # The settings of each model's network.
-NETWORKS: dict[str, type] = {"scalex": ScalexConfig, "scvi": ScviConfig, "scanvi": ScanviConfig}
+NETWORKS: dict[str, type] = {
+    "scalex": ScalexConfig,
+    "scvi": ScviConfig,
+    "scanvi": ScanviConfig,
+    "totalvi": TotalviConfig,
+    "trvae": TrvaeConfig,
+}
 
 
 @dataclass(frozen=True)

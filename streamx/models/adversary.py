@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from streamx.models.cells import Cells
 from streamx.models.layers import linear
 from streamx.models.stack import Stack
 
@@ -60,3 +61,33 @@ class Adversary(nn.Module):
         log_nb = self(z_nk, generator)
         others_n = log_nb.sum(1) - log_nb.gather(1, batch_n[:, None])[:, 0]
         return -(others_n / (self.n_batches - 1)).mean()
+
+
+class Fooling(nn.Module):
+    """totalVI and the adversary that it is trained to fool: one loss for both.
+
+    A step of alternating optimisers updates the model first and the classifier after, on latents from before;
+    neither sees the other's new weights, so one backward pass through both losses does the same. The
+    classifier's weights get no gradient from being fooled.
+    """
+
+    def __init__(self, model: nn.Module, adversary: Adversary) -> None:
+        super().__init__()
+        self.model, self.adversary = model, adversary
+
+    def loss(
+        self, cells: Cells, kl_weight: float | Tensor = 1.0, generator: torch.Generator | None = None
+    ) -> dict[str, Tensor]:
+        """The model's losses, while training with the share 1 - kl_weight of the adversary's added."""
+        losses, z_nk = self.model.loss_and_latent(cells, kl_weight, generator)  # type: ignore[operator]
+        if not self.training:
+            return losses
+        share = 1 - kl_weight
+        for parameter in self.adversary.parameters():
+            parameter.requires_grad_(False)
+        fooled = self.adversary.fool_loss(z_nk, cells.batch_n, generator)
+        for parameter in self.adversary.parameters():
+            parameter.requires_grad_(True)
+        told = self.adversary.loss(z_nk, cells.batch_n, generator)
+        total = losses["loss"] + share * fooled + share * told
+        return losses | {"loss": total, "fooled": fooled, "told": told}

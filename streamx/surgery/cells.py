@@ -57,6 +57,7 @@ def lay_query(
     kept = lay_blocks(blocks, query.scratch / "blocks", len(model.genes))
     wanted_b = np.isin(query.batches, batches)
     found, reads, place = [], [], 0
+    measured = {name: np.zeros(len(model.schema.proteins), bool) for name in batches}
     for number, block in enumerate(kept):
         mine = np.flatnonzero(wanted_b[block.batch_n])
         frame = obs_rows(query, block.row_n[mine], _columns(model))
@@ -64,6 +65,8 @@ def lay_query(
         frame[PLACE] = place + mine
         found.append(frame)
         reads.append(partial(_read_block, model, query, kept, number, mine))
+        if measured and model.schema.proteins:
+            _note_measured(measured, query_proteins(model, query, block.row_n[mine]), frame["batch"])
         place += len(block.row_n)
     obs = pd.concat(found) if found else pd.DataFrame()
     if not len(obs):
@@ -71,7 +74,13 @@ def lay_query(
             f"no cell of {', '.join(batches)} passes", where=query.name, fix="a lower --min-features"
         )
     _check_labels(model, query, obs, new_labels)
-    return _write(model, obs, list(zip(map(len, found), reads, strict=True)), path, options)
+    return _write(model, obs, list(zip(map(len, found), reads, strict=True)), measured, path, options)
+
+
+def _note_measured(measured: dict[str, np.ndarray], y_np: np.ndarray, batch_n: pd.Series) -> None:
+    """A protein counts as measured in a batch with its first count there."""
+    for name in batch_n.unique():
+        measured[name] |= (y_np[(batch_n == name).to_numpy()] > 0).any(0)
 
 
 def merge_cells(
@@ -79,12 +88,15 @@ def merge_cells(
 ) -> Collection:
     """A view of all cells of a batch, from those of several files."""
     found, reads = [], []
+    measured_p = np.zeros(len(model.schema.proteins), bool)
     for view in views:
+        if model.schema.protein_key is not None:
+            measured_p |= np.array(view.modalities[model.schema.protein_key]["measured"][batch], bool)
         start, stop = rows_of(view, batch)
         found.append(view.obs.iloc[start:stop])
         for low, high in view.iter_rows(BLOCK_ROWS, start, stop):
             reads.append((high - low, partial(_read_view, model, view, low, high)))
-    return _write(model, pd.concat(found), reads, path, options)
+    return _write(model, pd.concat(found), reads, {batch: measured_p}, path, options)
 
 
 def rows_of(view: Collection, batch: str) -> tuple[int, int]:
@@ -132,6 +144,7 @@ def _write(
     model: Model,
     obs: pd.DataFrame,
     reads: Sequence[tuple[int, Read]],
+    measured: dict[str, np.ndarray],
     path: Path,
     options: dict[str, Any],
 ) -> Collection:
@@ -151,8 +164,8 @@ def _write(
     schema = model.schema
     obsm = {}
     if schema.protein_key is not None:
-        everywhere = {name: [True] * len(schema.proteins) for name in batches}
-        obsm = {schema.protein_key: (list(schema.proteins), everywhere)}
+        masks = {name: measured[name].tolist() for name in batches}
+        obsm = {schema.protein_key: (list(schema.proteins), masks)}
     content = Content(
         kind="view",
         obs=obs.assign(batch=batch_n).iloc[order],

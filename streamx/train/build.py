@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,32 +32,37 @@ def build_module(
     schema: Schema,
     network: Any,
     generator: torch.Generator | None = None,
-    library_b: tuple[np.ndarray, np.ndarray] | None = None,
+    tables: Mapping[str, Any] = MappingProxyType({}),
 ) -> Any:
     """A new network for the genes and categories of a schema, on the CPU.
 
-    ``library_b``: mean and variance of ln(library size) per batch, where that is a latent variable; without,
-    the tables are to be loaded.
+    ``tables``: what it begins with besides random weights (``library_b``; of totalVI ``measured_bp`` and
+    ``background``); without, they are to be loaded.
     """
     n_genes, n_batches = len(schema.genes), max(1, len(schema.batches))
     if kind == "scalex":
         from streamx.models.scalex import Scalex
 
         return Scalex(n_genes, n_batches, network, generator)
-    from streamx.models.scvi import Scvi
+    if kind == "trvae":
+        from streamx.models.trvae import Trvae
 
-    covariates: dict[str, Any] = {
+        return Trvae(n_genes, n_batches, network, generator=generator)
+    more: dict[str, Any] = {
         "n_labels": len(schema.labels),
         "n_levels": tuple(len(names) for _, names in schema.categories),
         "n_continuous": len(schema.continuous),
         "generator": generator,
+        **tables,
     }
     if not network.use_observed_lib_size:
-        covariates["library_b"] = library_b or (np.zeros(n_batches), np.ones(n_batches))
-    vae = Scvi(n_genes, n_batches, network, **covariates)
-    if kind == "scvi":
-        return vae
-    assert kind == "scanvi"
-    from streamx.models.scanvi import Scanvi
+        more.setdefault("library_b", (np.zeros(n_batches), np.ones(n_batches)))
+    if kind == "totalvi":
+        from streamx.models.totalvi import Totalvi
 
-    return Scanvi(vae, len(schema.labels), network, generator=generator)
+        return Totalvi(n_genes, n_batches, network, n_proteins=len(schema.proteins), **more)
+    from streamx.models.scanvi import Scanvi
+    from streamx.models.scvi import Scvi
+
+    vae = Scvi(n_genes, n_batches, network, **more)
+    return vae if kind == "scvi" else Scanvi(vae, len(schema.labels), network, generator=generator)

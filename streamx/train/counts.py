@@ -15,20 +15,26 @@ from streamx.errors import BadValuesError, UsageError
 from streamx.loader.loader import Loader
 from streamx.loader.pairs import pairs
 from streamx.loader.rows import selection, split
+from streamx.models.adversary import Adversary, Fooling
+from streamx.models.background import empirical_background
 from streamx.models.cells import Cells
 from streamx.models.scanvi import from_scvi
 from streamx.schema import Schema
 from streamx.store.collection import Collection
 from streamx.train.build import TAKES_ROWS, build_module, n_latent_of
 from streamx.train.cells import Columns, columns_of, names_in
-from streamx.train.engine import run_task
+from streamx.train.distributed import Ranks
+from streamx.train.engine import run_task, warm_up_steps
 from streamx.train.feed import make_loader
-from streamx.train.fit import seed_of
+from streamx.train.fit import Several, make_optimizer, seed_of
 from streamx.train.model import Model, load_model
 from streamx.train.task import Finished, Run, Task
 
 ROWS = 4096  # per minibatch where its size does not matter
 LN_DRAWS = 5000  # of a logistic-normal latent
+FEW_PROTEINS = 10  # up to here mixtures of a cell's proteins say nothing
+STRETCHES, STRETCH = 20, 32  # that a sample of a batch's proteins is taken from, and cells in each
+ADVERSARY_LR = 1e-3
 
 
 def schema_of(view: Collection, config: TrainConfig) -> Schema:
@@ -90,8 +96,12 @@ def prepare(run: Run, progress: bool) -> Task:
 
 
 def _new(run: Run, kind: str, generator: torch.Generator) -> Any:
-    library_b = None if getattr(run.network, "use_observed_lib_size", True) else log_library(run.view)
-    return build_module(kind, run.schema, run.network, generator, library_b)
+    tables: dict[str, Any] = {}
+    if not getattr(run.network, "use_observed_lib_size", True):
+        tables["library_b"] = log_library(run.view)
+    if kind == "totalvi":
+        tables |= protein_tables(run.view, run.schema, run.config)
+    return build_module(kind, run.schema, run.network, generator, tables)
 
 
 def _base(run: Run, progress: bool) -> tuple[Any, list[dict[str, float]]]:
@@ -126,6 +136,38 @@ def _begun(run: Run, model: Model, generator: torch.Generator) -> Any:
     return model.module
 
 
+def protein_tables(view: Collection, schema: Schema, config: TrainConfig) -> dict[str, Any]:
+    """Which proteins each batch measured, and where the prior of their background begins.
+
+    A protein without a single count in a batch counts as not measured there (as in scvi-tools).
+    """
+    assert schema.protein_key is not None
+    n_proteins, measured = len(schema.proteins), view.modalities[schema.protein_key]["measured"]
+    nothing = [False] * n_proteins
+    measured_bp = np.array([measured.get(name, nothing) for name in view.batches or [""]], bool)
+    tables: dict[str, Any] = {"measured_bp": measured_bp}
+    wanted = n_proteins > FEW_PROTEINS if config.empirical_prior is None else config.empirical_prior
+    if wanted:
+        rng = np.random.default_rng(config.seed)
+        sampled = [_protein_sample(view, schema.protein_key, b, rng) for b in range(len(measured_bp))]
+        tables["background"] = empirical_background(sampled, rng, measured_bp)
+    return tables
+
+
+def _protein_sample(view: Collection, key: str, batch: int, rng: np.random.Generator) -> np.ndarray:
+    """Protein counts of some cells of a batch, from a few stretches of its rows."""
+    bounds, code_r = view.batch_runs
+    runs = np.flatnonzero(code_r == batch)
+    if not len(runs):
+        return np.zeros((0, len(view.modalities[key]["names"])), np.float32)
+    size_r = (bounds[1:] - bounds[:-1])[runs]
+    parts = []
+    for run in rng.choice(runs, size=STRETCHES, p=size_r / size_r.sum()):
+        low = int(rng.integers(bounds[run], max(bounds[run] + 1, bounds[run + 1] - STRETCH + 1)))
+        parts.append(view.read_obsm(key, low, min(low + STRETCH, int(bounds[run + 1]))))
+    return np.concatenate(parts)
+
+
 def log_library(
     view: Collection, rows: tuple[int, int] | None = None, block: int = 65_536
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -153,6 +195,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
     view, config, ranks = run.view, run.config, run.ranks
     columns = columns_of(view, run.schema, run.device)
     parts = _parts(view.n_obs, rows, config)
+    n_cells = view.n_obs if rows is None else rows[1] - rows[0]
     options: dict[str, Any] = {
         "device": run.device,
         "transform": False,
@@ -184,7 +227,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
             world=ranks.world,
             **options,
         )
-    minibatches = _Minibatches(training, labelled, columns, config, run.device)
+    minibatches = _Minibatches(training, labelled, columns, config, run.device, n_cells)
     validation = None
     if parts["validation"] is not None:
         others = make_loader(
@@ -198,7 +241,29 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
         )
         validation = _Validation(module, others, columns, config.seed, run.device)
     loss = module.loss if labelled is None else _with_labelled(module)
-    return Task(module, minibatches, loss, len(training), validation)
+    task = Task(module, minibatches, loss, len(training), validation)
+    if (
+        config.model == "totalvi"
+        and not bool(module.measured_bp.all())
+        and module.n_batches > 1
+        and rows is None
+    ):
+        return _with_adversary(task, run)
+    return task
+
+
+def _with_adversary(task: Task, run: Run) -> Task:
+    """totalVI where batches lack proteins: it also learns to hide the batch from a classifier."""
+    generator = torch.Generator().manual_seed(seed_of(run.config.seed, 5))
+    adversary = Adversary(run.network.n_latent, task.module.n_batches, generator=generator)
+    pair = Fooling(task.module, adversary.to(run.device))
+
+    def optimizers(config: TrainConfig, ranks: Ranks) -> Any:
+        eps, decay = config.eps or 1e-8, config.weight_decay
+        of_model = make_optimizer(pair.model, config.lr, decay, ranks, eps=eps)
+        return Several([of_model, make_optimizer(pair.adversary, ADVERSARY_LR, decay, ranks, eps=eps)])
+
+    return replace(task, module=pair, loss=pair.loss, result=task.module, optimizer=optimizers)
 
 
 def _with_labelled(module: Any) -> Callable[..., dict[str, Tensor]]:
@@ -245,11 +310,12 @@ class _Minibatches:
         columns: Columns,
         config: TrainConfig,
         device: torch.device,
+        n_cells: int,
     ) -> None:
         self.training, self.labelled, self.columns = training, labelled, columns
         self.config, self.device = config, device
         self.per_epoch = -(-len(training.at(0)) // config.accumulate)
-        self.n_cells = training.n_rows
+        self.n_cells = n_cells
 
     def __call__(self, epoch: int, done: int) -> Iterator[tuple[Any, ...]]:
         world, number = self.training.world, done * self.training.world + self.training.rank
@@ -273,13 +339,8 @@ class _Minibatches:
 
 
 def kl_weight(config: TrainConfig, n_cells: int, epoch: int, step: int) -> float:
-    """Weight of the KL divergence, rising to 1: by steps where these are given, else by epochs.
-
-    totalVI's own default: three quarters of the number of cells, in steps.
-    """
-    steps = config.warmup_steps
-    if steps is None and config.model == "totalvi" and config.warmup_epochs is None:
-        steps = round(0.75 * n_cells)
+    """Weight of the KL divergence, rising to 1: by steps where these are given, else by epochs."""
+    steps = warm_up_steps(config, n_cells)
     if steps is not None:
         return min(1.0, step / steps) if steps else 1.0
     return min(1.0, epoch / config.warmup_epochs) if config.warmup_epochs else 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from streamx.config import TrainConfig
 from streamx.train.adam import EPS
 from streamx.train.checkpoint import Throttle, find_state, restore, save_state
 from streamx.train.device import can_record, precision_of
+from streamx.train.distributed import Ranks
 from streamx.train.early_stopping import EarlyStopping
 from streamx.train.fit import State, fit, make_optimizer
 from streamx.train.graph import RecordedStep
@@ -45,7 +47,8 @@ def run_task(run: Run, task: Task, n_cells: int, progress: bool) -> Trained:
     ``n_cells`` decides the number of epochs where the settings do not.
     """
     config, ranks, journal = run.config, run.ranks, run.journal
-    optimizer = make_optimizer(task.module, config.lr, config.weight_decay, ranks, eps=config.eps or EPS)
+    make = task.optimizer or partial(_adam, task.module)
+    optimizer = make(config, ranks)
     state = _state(run, task.module, optimizer)
     precision = precision_of(config, run.device)
     recorded = task.recordable and config.graph != "off" and can_record(config, run.device, ranks)
@@ -71,11 +74,34 @@ def run_task(run: Run, task: Task, n_cells: int, progress: bool) -> Trained:
         whole_step=RecordedStep(optimizer, task.loss, precision) if recorded else None,
         validate=task.validate,
         lr=config.lr,
+        judge_from=warm_up_epochs(config, n_cells, per_epoch),
         keep=keep,
         ranks=ranks,
         progress=progress and ranks.first,
     )
     return Trained(state, per_epoch, (state.epoch * n_minibatches - seen) * ranks.world)
+
+
+def _adam(module: nn.Module, config: TrainConfig, ranks: Ranks) -> Any:
+    return make_optimizer(module, config.lr, config.weight_decay, ranks, eps=config.eps or EPS)
+
+
+def warm_up_steps(config: TrainConfig, n_cells: int) -> int | None:
+    """Steps in which the weight of the KL divergence rises; None: it rises by epochs.
+
+    totalVI's default: three quarters of the number of cells.
+    """
+    if config.warmup_steps is None and config.model == "totalvi" and config.warmup_epochs is None:
+        return round(0.75 * n_cells)
+    return config.warmup_steps
+
+
+def warm_up_epochs(config: TrainConfig, n_cells: int, steps_per_epoch: int) -> int:
+    """Epochs before the loss has its final weights."""
+    steps = warm_up_steps(config, n_cells)
+    if steps is not None:
+        return -(-steps // max(1, steps_per_epoch))
+    return config.warmup_epochs or 0
 
 
 def n_epochs_of(config: TrainConfig, n_cells: int, steps_per_epoch: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -28,9 +29,53 @@ class Optimizer(Protocol):
     def step(self) -> Any: ...
 
 
+class Several:
+    """Optimisers of several parts of a module, in the order of its parameters, that step together.
+
+    The learning rate that changes while training is the first one's.
+    """
+
+    def __init__(self, optimizers: list[Any]) -> None:
+        self.optimizers = optimizers
+
+    def zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+    def step(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Slots of all parameters, by their number in the module."""
+        slots: dict[int, Any] = {}
+        first = 0
+        for optimizer in self.optimizers:
+            own = optimizer.state_dict()["state"]
+            slots |= {first + number: values for number, values in own.items()}
+            first += _n_parameters(optimizer)
+        return {"state": slots}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        first = 0
+        for optimizer in self.optimizers:
+            n = _n_parameters(optimizer)
+            own = {k - first: slots for k, slots in state["state"].items() if first <= k < first + n}
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": own})
+            first += n
+
+
+def _n_parameters(optimizer: Any) -> int:
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return sum(len(group["params"]) for group in optimizer.param_groups)
+    return len(optimizer.parameters)
+
+
 def set_rate(optimizer: Any, lr: float) -> None:
     """Change the learning rate of an optimiser, ours or torch's."""
-    if isinstance(optimizer, torch.optim.Optimizer):
+    if isinstance(optimizer, Several):
+        set_rate(optimizer.optimizers[0], lr)
+    elif isinstance(optimizer, torch.optim.Optimizer):
         for group in optimizer.param_groups:
             group["lr"] = lr
     else:
@@ -94,6 +139,7 @@ def fit(
     whole_step: Callable[..., Tensors] | None = None,
     validate: Callable[[int], tuple[Tensors, float]] | None = None,
     lr: float | None = None,
+    judge_from: int = 0,
     keep: Callable[[State, bool], None] = lambda state, now: None,
     ranks: Ranks = ALONE,
     progress: bool = True,
@@ -131,6 +177,9 @@ def fit(
         early stopping goes by ``validation_loss``.
     lr
         The learning rate that early stopping scales; None: it stays as it is.
+    judge_from
+        The first epoch that early stopping looks at. Until then (while the loss's own weights still change)
+        none is the best one.
     keep
         The place to write checkpoints: called with the state after each step and each epoch, and whether this
         has to be kept now (the process is about to stop, or training is over). With several processes only
@@ -176,7 +225,7 @@ def fit(
                     keep(state, stopping)
                 if stopping:
                     stop.obey()
-            _end_epoch(module, state, ranks, before, validate)
+            _end_epoch(module, state, ranks, before, validate, judge_from)
             keep(state, state.epoch == n_epochs or state.stopping.stopped)
             bar.update()
             bar.set_postfix({name: f"{value:.3f}" for name, value in state.history[-1].items()})
@@ -192,6 +241,7 @@ def _end_epoch(
     ranks: Ranks,
     before: Counts,
     validate: Callable[[int], tuple[Tensors, float]] | None,
+    judge_from: int,
 ) -> None:
     """Mean losses over the minibatches of all processes, read this one time; the best weights."""
     ranks.average_statistics(module, before)
@@ -205,7 +255,8 @@ def _end_epoch(
         means |= {f"validation_{name}": value for name, value in found.items()}
         judged = found["loss"]
     state.history.append({"epoch": state.epoch} | means)
-    state.stopping = state.stopping.after(state.epoch, judged)
+    if state.epoch >= judge_from or math.isnan(judged):
+        state.stopping = state.stopping.after(state.epoch, judged)
     if state.stopping.keeps(state.epoch):
         state.best = snapshot(module)
     state.epoch, state.minibatch, state.sums = state.epoch + 1, 0, {}

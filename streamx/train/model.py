@@ -27,7 +27,8 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from streamx.errors import BadFileError, IncompleteError, IntegrityError
-from streamx.interop.scalex import read_checkpoint
+from streamx.interop.load import load_foreign
+from streamx.interop.scvi_files import find_scvi
 from streamx.loader.transform import Transform
 from streamx.models.matched import Clusters
 from streamx.models.scalex import NormStats
@@ -156,7 +157,7 @@ def read_card(location: Location) -> dict[str, Any] | None:
 
 
 def load_model(path: str | Path | Location) -> Model:
-    """Load a model folder, or the output folder of SCALEX itself.
+    """Load a model folder, or one that SCALEX, scvi-tools or scArches wrote.
 
     Raises
     ------
@@ -170,8 +171,8 @@ def load_model(path: str | Path | Location) -> Model:
     location = open_location(path)
     card = read_card(location)
     if card is None:
-        if not location.shared and any(location.exists(f"{sub}config.pt") for sub in ("", "checkpoint/")):
-            return _from_scalex(Path(location.root))
+        if not location.shared and is_foreign(Path(location.root)):
+            return _from_foreign(Path(location.root))
         if location.journal.exists():
             raise IncompleteError(
                 "training has not finished", where=str(path), fix="run the same `streamx train` again"
@@ -214,23 +215,30 @@ def load_model(path: str | Path | Location) -> Model:
     )
 
 
-def _from_scalex(folder: Path) -> Model:
-    """A model that SCALEX saved: it keeps neither batch names nor scale tables, so a query brings its own."""
-    module, genes = read_checkpoint(folder)
-    weights = save_tensors({name: value.contiguous() for name, value in module.state_dict().items()})
+def is_foreign(folder: Path) -> bool:
+    """Whether another tool's model lies in a folder."""
+    scalex = any((folder / part / "config.pt").is_file() for part in ("", "checkpoint"))
+    return scalex or find_scvi(folder, None) is not None
+
+
+def _from_foreign(folder: Path) -> Model:
+    """A model that another tool saved. SCALEX keeps neither batch names nor scale tables."""
+    found = load_foreign(folder)
+    scalex = found.kind == "scalex"
+    weights = save_tensors({name: value.contiguous() for name, value in found.module.state_dict().items()})
     return Model(
-        kind="scalex",
-        module=module,
-        schema=Schema(genes=tuple(genes)),
-        transform=SCALEX_RNA,
-        min_features=600,
-        drop=("ERCC", "MT-", "mt-"),
+        kind=found.kind,
+        module=found.module,
+        schema=found.schema,
+        transform=SCALEX_RNA if scalex else Transform(),
+        min_features=600 if scalex else 0,
+        drop=("ERCC", "MT-", "mt-") if scalex else (),
         total="kept",
         scale_bg=None,
         stats=None,
         clusters=None,
-        norm="minibatch",
+        norm="minibatch" if scalex else None,
         id=hashlib.sha256(weights).hexdigest(),
         path=folder,
-        card={"model": "scalex", "origin": "SCALEX checkpoint"},
+        card={"model": found.kind, "origin": f"{found.origin} checkpoint"},
     )

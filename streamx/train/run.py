@@ -39,7 +39,15 @@ _FREE = ("device", "graph", "memory", "threads", "checkpoint_seconds")
 _SOME_MODELS = {name for values in TRAINING.values() for name in values}
 _POSITIVE = ("minibatch_size", "accumulate", "lr", "n_latent", "n_hidden", "n_layers", "train_size")
 # Settings that came later: models that say nothing of them have the default.
-_LATER = ("accumulate", "precision", "unlabeled", "category_keys", "continuous_keys", "protein_key", "arches")
+_LATER = (
+    "accumulate",
+    "precision",
+    "unlabeled",
+    "category_keys",
+    "continuous_keys",
+    "protein_key",
+    "arches",
+)
 
 
 @dataclass(frozen=True)
@@ -116,8 +124,9 @@ def train(
             run = Run(view, schema, config, network, device, ranks, journal)
             task, state, done, rate = _fit(run, progress)
             if journal is not None:
-                found = _model_of(config).finish(run, task.module)
-                _write(location, run, task, found, state, done, fingerprint)
+                kept = task.module if task.result is None else task.result
+                found = _model_of(config).finish(run, kept)
+                _write(location, run, kept, task.base, found, state, done, fingerprint)
                 journal.remove()
         finally:
             if journal is not None:
@@ -147,17 +156,13 @@ def _summary(view: Collection, state: State, per_epoch: int) -> dict[str, Any]:
     BadValuesError
         If no epoch had a loss.
     """
-    if state.stopping.best_epoch < 0:
-        raise BadValuesError(
-            "the loss is not a number", where=str(view.path), fix="a lower --lr, or other input"
-        )
-    if not state.stopping.patience:  # the last epoch is kept
+    if state.stopping.best_epoch < 0 or not state.stopping.patience:  # the last epoch is kept
         last = state.history[-1]
         if math.isnan(last["loss"]):
             raise BadValuesError(
-                f"the loss became NaN in epoch {state.epoch - 1}",
+                f"the loss is not a number, since epoch {state.epoch - 1}",
                 where=str(view.path),
-                fix="a lower --lr, or --patience, which keeps the best epoch",
+                fix="a lower --lr, or other input",
             )
         return {
             "n_cells": view.n_obs,
@@ -185,7 +190,8 @@ def _several(ranks: Ranks) -> dict[str, Any]:
 def _write(
     location: Location,
     run: Run,
-    task: Task,
+    module: Any,
+    base: list[dict[str, float]],
     found: Finished,
     state: State,
     trained: dict[str, Any],
@@ -194,11 +200,11 @@ def _write(
     """The model folder; ``model.json`` comes last and makes it a model."""
     view, config = run.view, run.config
     tables = {"history.csv": as_csv(state.history)}
-    if task.base:
-        tables["history-base.csv"] = as_csv(task.base)
+    if base:
+        tables["history-base.csv"] = as_csv(base)
     for name, data in tables.items():
         location.write(name, data)
-    digest, described = save_weights(location, task.module, found.tables)
+    digest, described = save_weights(location, module, found.tables)
     uns = {"streamx": {"model": digest, "batch_key": view.batch_key}}
     if config.norm is not None:
         uns["streamx"]["norm"] = config.norm
@@ -208,7 +214,7 @@ def _write(
         "model": config.model,
         "id": digest,
         **asdict(run.schema),
-        "network": asdict(task.module.config),
+        "network": asdict(module.config),
         "norm": config.norm,
         "preprocessing": preprocessing(view),
         "view": fingerprint["view"],

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from streamx.config import FreezeConfig
 from streamx.models.freeze import freeze, trainable
+from streamx.models.freeze_trvae import trainable_trvae
 from streamx.models.grow import extended
 from streamx.train import counts
 from streamx.train.engine import run_task
@@ -37,20 +38,26 @@ def learn_batch(
     """
     key, seed = zlib.crc32(batch.encode()), run.config.seed
     generator = torch.Generator().manual_seed(seed_of(seed, 3, key))
-    grown = extended(module.cpu(), [generator], _library(run, module, batch, rows))
-    freeze(grown, trainable(grown, 1, options))
+    grown: Any = extended(module.cpu(), [generator], _given(run, module, batch, rows))
+    plan = trainable_trvae(grown, 1) if run.config.model == "trvae" else trainable(grown, 1, options)
+    freeze(grown, plan)
     of_batch = replace(run, config=replace(run.config, seed=seed_of(seed, 4, key) % 2**31))
     task = counts.task_of(of_batch, grown.to(run.device), rows)
     trained = run_task(of_batch, task, rows[1] - rows[0], progress)
     return grown.requires_grad_(True), trained.state
 
 
-def _library(run: Run, module: Any, batch: str, rows: tuple[int, int]) -> dict[str, Tensor] | None:
-    """Where the library size is a latent variable, its prior in the new batch."""
-    tables = [name for name, _ in module.named_buffers() if name.endswith("library_mean_b")]
-    if not tables:
-        return None
-    code = run.view.batches.index(batch)
-    mean, var = (float(value_b[code]) for value_b in counts.log_library(run.view, rows))
-    stem = tables[0].removesuffix("mean_b")
-    return {f"{stem}mean_b": torch.tensor([mean]), f"{stem}var_b": torch.tensor([var])}
+def _given(run: Run, module: Any, batch: str, rows: tuple[int, int]) -> dict[str, Tensor]:
+    """What of the new batch is not drawn but follows from its cells, by the tables' names."""
+    code, given = run.view.batches.index(batch), dict[str, Tensor]()
+    for name, _ in module.named_buffers():
+        if name.endswith("library_mean_b"):
+            mean, var = (float(value_b[code]) for value_b in counts.log_library(run.view, rows))
+            given |= {name: torch.tensor([mean]), name.replace("mean_b", "var_b"): torch.tensor([var])}
+    if run.config.model == "totalvi":
+        tables = counts.protein_tables(run.view, run.schema, run.config)
+        given["measured_bp"] = torch.as_tensor(tables["measured_bp"][[code]])
+        if "background" in tables and tables["measured_bp"][code].any():
+            mean_pb, sd_pb = (torch.as_tensor(table[:, [code]]) for table in tables["background"])
+            given |= {"background_mean_pb": mean_pb, "background_log_sd_pb": sd_pb.log()}
+    return given

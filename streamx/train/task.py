@@ -56,6 +56,10 @@ class Task:
         The loss looks at no value and its minibatches are tensors: a GPU may record a step.
     base
         History of a training that came before.
+    result
+        The network to keep, where that is only a part of what is trained.
+    optimizer
+        Makes the optimiser from the settings, where one Adam for all weights will not do.
     """
 
     module: Any
@@ -65,6 +69,8 @@ class Task:
     validate: Callable[[int], tuple[dict[str, Tensor], float]] | None = None
     recordable: bool = False
     base: list[dict[str, float]] = field(default_factory=list)
+    result: Any = None
+    optimizer: Callable[[TrainConfig, Ranks], Any] | None = None
 
 
 @dataclass(frozen=True, eq=False)
