@@ -177,7 +177,8 @@ class Scanvi(nn.Module):
         logits_nl = self.classifier(z_nk, generator)
         if not self.config.logits:
             logits_nl = torch.softmax(logits_nl, -1)
-        assert cells.label_n is not None
+        if cells.label_n is None:
+            return logits_nl.new_zeros(())
         total = F.cross_entropy(logits_nl, cells.label_n, ignore_index=-1, reduction="sum")
         return total / (cells.label_n >= 0).sum().clamp(min=1)
 
