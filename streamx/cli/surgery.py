@@ -6,6 +6,7 @@ import argparse
 
 from streamx.cli.verb import Result, Verb, add_settings, given
 from streamx.config import FreezeConfig, SurgeryConfig
+from streamx.errors import PartialError
 
 # Options that would move what the latents of the reference depend on; load_query_data has them.
 MOVING = ("unfrozen", "freeze_expression", "freeze_batchnorm_encoder")
@@ -19,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="files to learn from, each a query; NAME=FILE names one",
     )
-    parser.add_argument("-o", "--output", required=True, metavar="UPDATED", help="folder of the updated model")
+    parser.add_argument(
+        "-o", "--output", required=True, metavar="UPDATED", help="folder of the updated model"
+    )
     parser.add_argument(
         "--watch",
         metavar="PLACE",
@@ -50,7 +53,8 @@ def run(args: argparse.Namespace) -> Result:
 
 
 def exit_code(result: Result) -> int:
-    return 4 if any(report["status"] == "failed" for report in result["queries"]) else 0
+    failed = any(report["status"] == "failed" for report in result["queries"])
+    return PartialError.exit_code if failed else 0
 
 
 VERB = Verb(

@@ -70,7 +70,10 @@ def add_settings(
         words = setting.name.replace("_", "-")
         help = setting.metadata["help"].replace("%", "%%")
         common: dict[str, Any] = {"dest": setting.name, "default": argparse.SUPPRESS}
-        if kind is bool and setting.default is True:
+        if kind is bool and setting.name in defaults:  # on for one model, off for another
+            both = argparse.BooleanOptionalAction
+            parser.add_argument(f"--{words}", action=both, help=help + defaults[setting.name], **common)
+        elif kind is bool and setting.default is True:
             parser.add_argument(f"--no-{words}", action="store_false", help=f"switch off: {help}", **common)
         elif kind is bool:
             parser.add_argument(f"--{words}", action="store_true", help=help, **common)

@@ -6,7 +6,7 @@ A protein's counts are a mixture of two negative binomials: background, whose me
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -58,6 +58,10 @@ class Proteins:
     def rate_fore_np(self) -> Tensor:
         """Mean of the foreground, without the batch's efficiency."""
         return self.rate_back_np * self.fore_scale_np
+
+    def at_mean(self) -> Proteins:
+        """The same with ln(background) at its mean, which draws nothing."""
+        return replace(self, log_back_np=self.back_mean_np)
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:

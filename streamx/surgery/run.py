@@ -18,6 +18,7 @@ import logging
 import shutil
 import zlib
 from dataclasses import asdict, fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,7 @@ from streamx.store.amend import amend
 from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference
 from streamx.store.location import Location, Put, open_location
+from streamx.surgery.arrivals import arrivals
 from streamx.surgery.cells import PLACE, lay_query, merge_cells, rows_of
 from streamx.train.build import TAKES_ROWS
 from streamx.train.cells import columns_of
@@ -65,6 +67,8 @@ def surgery(
     queries: Any,
     output: str | Path | Location,
     *,
+    watch: str | Path | None = None,
+    idle: float | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> list[dict[str, Any]]:
@@ -83,6 +87,9 @@ def surgery(
     output
         Folder of the updated model. Files that it holds already are skipped; so the same call goes on after
         an interruption, and a call with more files adds those.
+    watch, idle
+        Then go on with files that appear in a folder, or as lines of a text file; until Ctrl-C, or until
+        none came for so many seconds. A file in a folder is taken when it no longer grows.
     settings
         Fields of :class:`~streamx.config.SurgeryConfig` and :class:`~streamx.config.FreezeConfig`.
 
@@ -100,13 +107,14 @@ def surgery(
     """
     config, options = _configs(settings)
     source, out = open_location(reference), open_location(output)
-    asked = requests(queries)
+    asked = requests(queries) if queries or watch is None else []
     first = load_model(source)
     _check(first, options)
     reports = []
     with Journal(out, {"reference": first.id, "settings": _decisive(config, options)}) as journal:
         _begin(source, out, first)
-        for request in asked:
+        arriving = () if watch is None else arrivals(Path(watch), idle)
+        for request in chain(asked, arriving):
             try:
                 with one_torch_thread():
                     reports.append(_add(out, request, config, options, journal, progress))

@@ -19,6 +19,7 @@ CONFIGS = {
     "preprocess": (config.PreprocessConfig,),
     "train": (config.TrainConfig, *config.NETWORKS.values()),
     "project": (config.ProjectConfig,),
+    "surgery": (config.SurgeryConfig,),
     "transfer": (config.TransferConfig,),
     "metrics": (config.MetricsConfig,),
 }
@@ -27,6 +28,7 @@ POSITIONALS = {
     "preprocess": "store -o view",
     "train": "view -o model",
     "project": "model a.h5ad -o out",
+    "surgery": "model a.h5ad -o out",
     "transfer": "model out",
     "metrics": "model out",
 }
@@ -127,6 +129,6 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_contract_of_verbs() -> None:
-    names = "convert info verify annotate preprocess train project transfer metrics plot integrate"
+    names = "convert info verify annotate preprocess train project surgery transfer metrics plot integrate"
     names += " simulate demo"
     assert [verb.name for verb in VERBS] == names.split()
