@@ -214,9 +214,7 @@ class Scvi(nn.Module):
         x = cells.x_ng
         if not self.config.log_variational:
             return x
-        if isinstance(x, Rows):
-            return Rows(x.first_n, x.gene_v, np.log1p(x.value_v), x.n_genes)
-        return torch.log1p(x)
+        return x.log1p()
 
     # -- p(x | z, l) ---------------------------------------------------------------------------------------
 

@@ -120,13 +120,15 @@ class CovariateLinear(nn.Module):
         return h_nh
 
     def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
-        """The column (n_out,) of one batch more, drawn as if the layer had been made with it."""
+        """The column (n_out,) of one batch more, drawn as in a layer of two batches.
+
+        However many there are: what a batch begins with does not depend on those that came before it (in
+        scvi-tools it does, by the width of the layer).
+        """
         assert name == "batch"
         assert self.batch is not None
         tables = (self.linear.weight, self.continuous, self.category)
-        before = max(self.batch.shape[1], 1)  # one batch has no column, until there are two
-        n_inputs = before + 1 + sum(table.shape[1] for table in tables if table is not None)
-        bound = 1 / math.sqrt(n_inputs)
+        bound = 1 / math.sqrt(2 + sum(table.shape[1] for table in tables if table is not None))
         return torch.empty(len(self.batch)).uniform_(-bound, bound, generator=generator)
 
 

@@ -77,12 +77,11 @@ class Block(nn.Module):
         self.dropout = config.dr_rate
 
     def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
-        """The column (n_out,) of one batch more, drawn as if the layer had been made with it."""
+        """The column (n_out,) of one batch more, drawn as in a layer of two batches, whatever there are."""
         assert name == "batch"
         assert self.batch is not None
-        n_out, before = self.batch.shape
-        bound = 1 / math.sqrt(before + 1)
-        return torch.empty(n_out).uniform_(-bound, bound, generator=generator)
+        bound = 1 / math.sqrt(2)
+        return torch.empty(len(self.batch)).uniform_(-bound, bound, generator=generator)
 
     def forward(
         self, x: Tensor | Rows, batch_n: Tensor | None = None, generator: torch.Generator | None = None

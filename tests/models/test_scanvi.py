@@ -130,6 +130,7 @@ def test_it_learns_labels_from_scvi() -> None:
     p = module.predict(given)
     torch.testing.assert_close(p.sum(1), torch.ones(24))
     assert torch.equal(p.argmax(1), torch.arange(24) % 2)  # of the unlabelled cells too
+    assert module.config == ScanviConfig(**vars(config))  # settings that both have are scVI's
     with pytest.raises(ValueError, match="normal"):
         from_scvi(Scvi(20, 2, replace(CONFIG, latent_distribution="ln")), 2)
 
