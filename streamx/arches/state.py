@@ -8,7 +8,7 @@ import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,15 @@ import torch
 
 from streamx.arches.data import Opened, as_collection, open_data, open_files
 from streamx.arches.keys import Keys, keys_of, with_protein_names
-from streamx.config import TRAINING, FreezeConfig, TrainConfig, TrvaeFreezeConfig, build, parse_bytes
+from streamx.config import (
+    NETWORKS,
+    TRAINING,
+    FreezeConfig,
+    TrainConfig,
+    TrvaeFreezeConfig,
+    build,
+    parse_bytes,
+)
 from streamx.errors import UntrainedError, UsageError, warn
 from streamx.preprocess.run import preprocess
 from streamx.query import read_blocks
@@ -183,7 +191,8 @@ def train_reference(
         columns["unlabeled"] = keys.unlabeled_category
     if kind == "totalvi" and keys.protein_expression_obsm_key is not None:
         columns["protein_key"] = keys.protein_expression_obsm_key
-    network = {} if state.network is None else asdict(state.network)
+    known = {f.name for f in fields(NETWORKS[kind])}  # scVI comes before scANVI and has fewer settings
+    network = {name: value for name, value in asdict(state.network).items() if name in known}
     own: dict[str, Any] = {"memory": state.memory, "device": state.device} | columns | state.settings
     train(training_cells(state), path, model=kind, progress=progress, **network | own | settings)
     return read_history(path / "history.csv")
