@@ -23,7 +23,6 @@ from streamx.project.counts import query_columns
 from streamx.query import Block, Query, Request, lay_blocks, obs_rows, open_query, read_blocks
 from streamx.schema import Alignment, Schema, align, check_overlap
 from streamx.store import genes
-from streamx.store.cells import FILE
 from streamx.store.collection import Collection, open_collection
 from streamx.store.ingest.inputs import expand
 from streamx.store.location import open_location
@@ -140,7 +139,7 @@ def _with_a_batch(schema: Schema) -> Schema:
 
 def _is_one_batch(schema: Schema) -> bool:
     """Whether all cells count as one batch, of whatever name."""
-    return len(schema.batches) == 1 and schema.batch_key in (None, FILE)
+    return len(schema.batches) == 1 and schema.batch_key is None
 
 
 def rows_of(indices: Sequence[int] | np.ndarray | None, n: int) -> np.ndarray:

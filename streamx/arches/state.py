@@ -202,6 +202,10 @@ def adopt(state: State, path: Path) -> None:
     """Take a model that was trained into a folder as one's own."""
     model = load_model(path)
     model.module.to(pick_device(state.device))
+    if state.keys.batch_key is None and as_collection(state.data) is None:
+        # all cells are one batch: that convert calls it by the file's name, in a column `batch`, is by the way
+        schema = replace(model.schema, batch_key=None)
+        model = replace(model, schema=schema, card=model.card | {"batch_key": None})
     state.model, state.trained = model, True
     state.history = [*state.history, *read_history(path / "history.csv")]
 

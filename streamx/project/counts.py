@@ -117,7 +117,7 @@ class QueryColumns:
 
 
 def query_proteins(model: Model, query: Query, row_n: np.ndarray) -> np.ndarray:
-    """Protein counts of ascending rows of a query on the model's proteins, float32; 0 where it has none."""
+    """Protein counts of rows of a query on the model's proteins, float32; 0 where it has none."""
     names, key = model.schema.proteins, model.schema.protein_key
     out_np = np.zeros((len(row_n), len(names)), np.float32)
     file_n, within_n = file_of(row_n, [source.n_obs for source in query.sources])
@@ -125,7 +125,7 @@ def query_proteins(model: Model, query: Query, row_n: np.ndarray) -> np.ndarray:
         source, mine = query.sources[f], np.flatnonzero(file_n == f)
         if key is None or key not in source.obsm:
             continue
-        low, high = int(within_n[mine[0]]), int(within_n[mine[-1]]) + 1
+        low, high = int(within_n[mine].min()), int(within_n[mine].max()) + 1
         rows_np = source.read_obsm(key, low, high)[within_n[mine] - low]
         position = {name: p for p, name in enumerate(source.obsm[key])}
         found = [(p, position[name]) for p, name in enumerate(names) if name in position]
