@@ -98,7 +98,7 @@ def _registry(saved: Saved) -> dict[str, Any]:
         state["labels"]["unlabeled_category"] = saved.unlabeled
         arguments["unlabeled_category"] = saved.unlabeled
     if saved.kind == "totalvi":
-        state["proteins"] = {"column_names": _names(saved.proteins)}
+        state["proteins"] = {"column_names": list(saved.proteins)}
         if saved.protein_mask_bp is not None and not saved.protein_mask_bp.all():
             masks = {str(code): mask_p for code, mask_p in enumerate(saved.protein_mask_bp)}
             state["proteins"]["protein_batch_mask"] = masks
