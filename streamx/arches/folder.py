@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -103,12 +103,12 @@ def load_state(kind: str, folder: str | Path, data: Any, *, use_cuda: bool) -> S
     if model.kind != kind:
         raise UsageError(f"holds a {model.kind}, not a {kind}", where=str(folder), fix=_class_of(model.kind))
     kept = model.card.get(OURS) or {}
+    keys = keys_in(model)
     if data is None and (Path(folder) / ADATA).is_file():
         from anndata import read_h5ad
 
         data = read_h5ad(Path(folder) / ADATA)
-    keys = Keys.of(kept["keys"]) if kept else Keys()
-    state = new_state(kind, data, keys, None, device="auto" if use_cuda else "cpu")
+    state = new_state(kind, data, Keys(), None, keys, device="auto" if use_cuda else "cpu")
     model.module.to(pick_device(state.device))
     state.model, state.trained, state.network = model, True, model.module.config
     if kept.get("surgery"):
@@ -124,8 +124,14 @@ def _class_of(kind: str) -> str:
     return f"{kind.upper()}.load reads it" if kind != "scalex" else "map onto it with streamx.project"
 
 
-def reference_of(reference: Any, kind: str) -> Model:
-    """The model of a trained object, or in a folder.
+def keys_in(model: Model) -> Keys:
+    """What the data of a model in a folder were called, as far as it says."""
+    kept = model.card.get(OURS)
+    return Keys.of(kept["keys"]) if kept else Keys(layer=model.card.get("layer"))
+
+
+def reference_of(reference: Any, kind: str) -> tuple[Model, Keys]:
+    """The model of a trained object, or in a folder, and what its data were called.
 
     Raises
     ------
@@ -136,4 +142,4 @@ def reference_of(reference: Any, kind: str) -> Model:
     model = trained_model(state) if isinstance(state, State) else load_model(reference)
     if model.kind != kind:
         raise UsageError(f"the reference is a {model.kind}, not a {kind}", fix=_class_of(model.kind))
-    return replace(model)
+    return model, state.keys if isinstance(state, State) else keys_in(model)

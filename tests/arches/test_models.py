@@ -23,6 +23,7 @@ from streamx.errors import (
     UntrainedError,
     UsageError,
 )
+from streamx.interop.save import save_for_scvi_tools
 from streamx.posterior.evidence import elbo, marginal_ll
 from streamx.posterior.expression import Asked, normalized_expression
 from streamx.train.model import load_model
@@ -389,3 +390,22 @@ def test_without_batches(tmp_path: Path) -> None:
     assert named.state.model.batches == ("adata", "c")
     model.save(tmp_path / "model")
     np.testing.assert_array_equal(latents(sx.SCVI.load(tmp_path / "model", cells())), latents(model))
+
+
+@pytest.mark.parametrize("kind", ["scvi", "scanvi"])
+def test_a_folder_of_scvi_tools(kind: str, tmp_path: Path) -> None:
+    model, adata, query = trained(kind), cells(), cells("c", seed=3)
+    of = model.state.model
+    adata.layers["counts"], query.layers["counts"] = adata.X.copy(), query.X.copy()
+    adata.X.data[:] = 1
+    query.X.data[:] = 1
+    save_for_scvi_tools(tmp_path / "theirs", of.module, of.schema, layer="counts")
+    loaded = type(model).load(tmp_path / "theirs", adata)
+    np.testing.assert_array_equal(latents(loaded), latents(model))
+    loaded.save(tmp_path / "ours")
+    np.testing.assert_array_equal(latents(type(model).load(tmp_path / "ours", adata)), latents(model))
+    extended = type(model).load_query_data(query, tmp_path / "theirs")
+    extended.train(max_epochs=1, **QUICK)
+    np.testing.assert_array_equal(latents(extended, adata), latents(model))
+    if kind == "scanvi":
+        np.testing.assert_array_equal(loaded.predict(), model.predict())
