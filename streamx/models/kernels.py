@@ -2,8 +2,8 @@
 
 Arrays are float32 and C-contiguous, ``first`` (int64) and ``other`` (int32) are pointers and indices of rows
 or of genes. Every loop is sequential, so a result depends on its inputs and on the machine's instructions,
-never on threads. Rows of 1,024 floats are what the vector loops run over; callers block the rest so that
-these come from the processor's second-level cache.
+never on threads. The vector loops run over rows of the first layer's weights, blocked so that these come
+from the processor's second-level cache; the sums stay in registers.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from functools import partial
 import numpy as np
 
 from streamx.compiled import compiled
+from streamx.models.vectors import LANES, add_few, add_lanes, rectified_lanes
 
 GENES_AT_ONCE = 256  # 1 MB of weights: half of a second-level cache
-LANES = 128  # genes per tile of the cross-entropy: 64 cells take 32 KB
+TILE = 128  # genes per tile of the cross-entropy: 64 cells take 32 KB
 _ROWS_PER_LOG = 64  # a product of that many numbers up to 2 stays far from overflow
 
 _F = np.float32
@@ -50,40 +51,15 @@ def transpose(first_n, gene_v, value_v, first_g, cell_v, value_out_v):
 
 @_vectorised
 def add_rows(sum_h, table_rh, row_v, value_v, start, stop):
-    """sum_h += value x row of the table, for non-zeros start..stop; eight of them per pass over the sum."""
-    j = start
-    while j + 8 <= stop:
-        x0, x1, x2, x3 = value_v[j], value_v[j + 1], value_v[j + 2], value_v[j + 3]
-        x4, x5, x6, x7 = value_v[j + 4], value_v[j + 5], value_v[j + 6], value_v[j + 7]
-        w0, w1, w2, w3 = (
-            table_rh[row_v[j]],
-            table_rh[row_v[j + 1]],
-            table_rh[row_v[j + 2]],
-            table_rh[row_v[j + 3]],
-        )
-        w4, w5 = table_rh[row_v[j + 4]], table_rh[row_v[j + 5]]
-        w6, w7 = table_rh[row_v[j + 6]], table_rh[row_v[j + 7]]
-        for c in range(sum_h.size):
-            low = (x0 * w0[c] + x1 * w1[c]) + (x2 * w2[c] + x3 * w3[c])
-            high = (x4 * w4[c] + x5 * w5[c]) + (x6 * w6[c] + x7 * w7[c])
-            sum_h[c] += low + high
-        j += 8
-    while j + 4 <= stop:
-        x0, x1, x2, x3 = value_v[j], value_v[j + 1], value_v[j + 2], value_v[j + 3]
-        w0, w1, w2, w3 = (
-            table_rh[row_v[j]],
-            table_rh[row_v[j + 1]],
-            table_rh[row_v[j + 2]],
-            table_rh[row_v[j + 3]],
-        )
-        for c in range(sum_h.size):
-            sum_h[c] += (x0 * w0[c] + x1 * w1[c]) + (x2 * w2[c] + x3 * w3[c])
-        j += 4
-    while j < stop:
-        x0, w0 = value_v[j], table_rh[row_v[j]]
-        for c in range(sum_h.size):
-            sum_h[c] += x0 * w0[c]
-        j += 1
+    """sum_h += value x row of the table, for non-zeros start..stop in their order, 64 sums at a time."""
+    whole = sum_h.size // LANES * LANES
+    for low in range(0, whole, LANES):
+        add_lanes(sum_h, low, table_rh, row_v, value_v, start, stop)
+    if whole < sum_h.size:
+        for j in range(start, stop):
+            x, w_h = value_v[j], table_rh[row_v[j]]
+            for c in range(whole, sum_h.size):
+                sum_h[c] += x * w_h[c]
 
 
 @_vectorised
@@ -107,20 +83,20 @@ def product(first_n, gene_v, value_v, weight_gh, bias_h, out_nh):
 
 
 @_vectorised
-def hidden_units(first_n, gene_v, value_v, weight_kgt, code_n, scale_bh, shift_bh, out_nh):
-    """relu(x W * scale + shift) with W in tiles of t units, each tile contiguous; for inference."""
-    n_tiles, _, width = weight_kgt.shape
-    sum_t = np.empty(width, np.float32)
-    for k in range(n_tiles):
-        low = k * width
+def head_of_units(first_n, gene_v, value_v, code_n, weight_kgt, scale_bh, shift_bh, head_lhf, out_nlf):
+    """out = relu(x W * scale + shift) head, for inference: a cell's result depends on that cell alone.
+
+    W lies in tiles of 64 units, the head in tiles of 16 outputs, each contiguous and padded to its size.
+    """
+    unit_t = np.empty(LANES, np.float32)
+    out_nlf[:] = 0
+    for k in range(weight_kgt.shape[0]):
+        low, weight_gt = k * LANES, weight_kgt[k]
         for i in range(first_n.size - 1):
-            sum_t[:] = 0
-            add_rows(sum_t, weight_kgt[k], gene_v, value_v, first_n[i], first_n[i + 1])
-            out_t = out_nh[i, low : low + width]
-            scale_t, shift_t = scale_bh[code_n[i], low : low + width], shift_bh[code_n[i], low : low + width]
-            for c in range(out_t.size):
-                a = sum_t[c] * scale_t[c] + shift_t[c]
-                out_t[c] = _F(0) if a < 0 else a
+            start, stop, b = first_n[i], first_n[i + 1], code_n[i]
+            rectified_lanes(unit_t, weight_gt, gene_v, value_v, start, stop, scale_bh, shift_bh, b, low)
+            for tile in range(head_lhf.shape[0]):
+                add_few(out_nlf[i], tile, unit_t, head_lhf[tile, low : low + LANES])
 
 
 @_vectorised
@@ -190,14 +166,14 @@ def normed_cross_entropy(
     row pass through; their gradients are 0, their statistics mean nothing.
     """
     n, n_genes, n_batches = y_ng.shape[0], y_ng.shape[1], n_b.size
-    t_nc = np.empty((n, LANES), np.float32)
-    inv_bc = np.empty((n_batches, LANES), np.float32)
+    t_nc = np.empty((n, TILE), np.float32)
+    inv_bc = np.empty((n_batches, TILE), np.float32)
     scale_bc, shift_bc = np.empty_like(inv_bc), np.empty_like(inv_bc)
     for table_bg in (dweight_bg, dbias_bg, mean_bg, var_bg):
         table_bg[:] = 0
     total = 0.0
-    for low in range(0, n_genes, LANES):
-        high = min(low + LANES, n_genes)
+    for low in range(0, n_genes, TILE):
+        high = min(low + TILE, n_genes)
         _centre(low, high, y_ng, code_n, n_b, mean_bg, var_bg, t_nc)
         _affine(low, high, n_b, weight_bg, bias_bg, var_bg, eps, inv_bc, scale_bc, shift_bc)
         total += _entropy(low, high, t_nc, code_n, scale_bc, shift_bc, d_ng)

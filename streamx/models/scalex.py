@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from streamx.config import ScalexConfig
 from streamx.models.layers import EPS, DomainNorm, batch_norm, linear
-from streamx.models.sparse import HiddenUnits, Rows, SparseLinear, normed_cross_entropy
+from streamx.models.sparse import HeadOfUnits, Rows, SparseLinear, normed_cross_entropy
 
 Minibatches = Callable[[], Iterable[tuple[Any, Any]]]
 
@@ -212,10 +212,10 @@ def encode(
     encoder, device = model.encoder, model.encoder.hidden.weight.device
     scale_bh = encoder.norm.weight.double() / torch.sqrt(torch.as_tensor(var_bh, device=device) + EPS)
     shift_bh = encoder.norm.bias.double() - torch.as_tensor(mean_bh, device=device) * scale_bh
-    units = HiddenUnits(encoder.hidden, scale_bh, shift_bh)
+    latents = HeadOfUnits(encoder.hidden, scale_bh, shift_bh, encoder.mean)
     for x_ng, batch_n in _inputs(model, minibatches):
         code_n = batch_n if len(scale_bh) > 1 else torch.zeros_like(batch_n)
-        yield encoder.mean(units(x_ng, code_n)).cpu().numpy()
+        yield latents(x_ng, code_n).cpu().numpy()
 
 
 @torch.no_grad()

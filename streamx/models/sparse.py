@@ -12,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from streamx.models import kernels
 from streamx.models.layers import EPS, MOMENTUM, DomainNorm, linear
+from streamx.models.vectors import FEW, LANES
 
 # Of the values of a matrix; above it dense operations are faster.
 DENSITY_LIMIT = 0.25
-_UNITS_PER_TILE = 256
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,38 +137,47 @@ class _Product(torch.autograd.Function):
         return dense_gradient(ctx.x, d_nh.numpy()), d_nh.sum(0), None, None
 
 
-class HiddenUnits:
-    """relu(layer(x) * scale + shift) for inference, with scale and shift per batch.
+class HeadOfUnits:
+    """head(relu(layer(x) * scale + shift)) for inference, with scale and shift per batch.
 
     Parameters
     ----------
     scale_bh, shift_bh
-        float64 (n_batches, n_out).
+        float64 (n_batches, n_out of the layer).
+    head
+        A layer on the hidden units.
     """
 
-    def __init__(self, layer: SparseLinear, scale_bh: Tensor, shift_bh: Tensor) -> None:
-        self.layer, self.scale_bh = layer, scale_bh.float()
+    def __init__(self, layer: SparseLinear, scale_bh: Tensor, shift_bh: Tensor, head: nn.Linear) -> None:
+        self.layer, self.head, self.scale_bh = layer, head, scale_bh.float()
         self.shift_bh = (shift_bh + layer.bias.detach().double() * scale_bh).float()
 
     @cached_property
-    def _weight_kgt(self) -> np.ndarray:
-        """The weights in tiles of units, each contiguous: a tile stays in the second-level cache."""
-        weight_gh = gene_major(self.layer.weight)
+    def _tables(self) -> tuple[np.ndarray, ...]:
+        """Weights, scale, shift and head's weights, padded, as :func:`kernels.head_of_units` takes them."""
+        weight_gh = self.layer.weight.detach().t()
         n_genes, n_out = weight_gh.shape
-        width = min(_UNITS_PER_TILE, n_out)
-        weight_gh = np.pad(weight_gh, ((0, 0), (0, -n_out % width)))
-        return np.ascontiguousarray(weight_gh.reshape(n_genes, -1, width).transpose(1, 0, 2))
+        n_tiles = -(-n_out // LANES)
+        tiles = torch.zeros(n_tiles, n_genes, LANES)  # torch's memory begins at a cache line
+        for k, part_gt in enumerate(weight_gh.split(LANES, 1)):
+            tiles[k, :, : part_gt.shape[1]] = part_gt
+        units = (0, n_tiles * LANES - n_out)
+        head_kh = F.pad(self.head.weight.detach(), (*units, 0, -self.head.out_features % FEW))
+        head_lhf = head_kh.unflatten(0, (-1, FEW)).transpose(1, 2)
+        scale_bh, shift_bh = F.pad(self.scale_bh, units), F.pad(self.shift_bh, units)
+        return tuple(table.contiguous().numpy() for table in (tiles, scale_bh, shift_bh, head_lhf))
 
     def __call__(self, x: Tensor | Rows, code_n: Tensor) -> Tensor:
-        """float32 (n, n_out); ``code_n`` int64 are rows of the tables."""
+        """float32 (n, n_out of the head); ``code_n`` int64 are rows of the tables."""
         if isinstance(x, Rows):
-            out_nh = torch.empty(len(x), len(self.shift_bh[0]))
-            tables = (self.scale_bh.numpy(), self.shift_bh.numpy(), out_nh.numpy())
-            kernels.hidden_units(x.first_n, x.gene_v, x.value_v, self._weight_kgt, code_n.numpy(), *tables)
-            return out_nh
+            out_nlf = torch.empty(len(x), len(self._tables[-1]), FEW)
+            kernels.head_of_units(
+                x.first_n, x.gene_v, x.value_v, code_n.numpy(), *self._tables, out_nlf.numpy()
+            )
+            return out_nlf.flatten(1)[:, : self.head.out_features] + self.head.bias
         product_nh = x @ self.layer.weight.t()
         shift_nh, scale_nh = self.shift_bh.index_select(0, code_n), self.scale_bh.index_select(0, code_n)
-        return torch.addcmul(shift_nh, product_nh, scale_nh).relu_()
+        return self.head(torch.addcmul(shift_nh, product_nh, scale_nh).relu_())
 
 
 def normed_cross_entropy(y_ng: Tensor, norm: DomainNorm, x: Rows, batch_n: Tensor) -> Tensor:

@@ -126,12 +126,8 @@ def columns_of(view: Collection, schema: Schema, device: torch.device) -> Column
     if schema.continuous:
         numbers = [continuous_values(view.obs_column(k), key=k, where=where) for k in schema.continuous]
         continuous_nc = torch.from_numpy(np.stack(numbers, axis=1))
-    if schema.protein_key is not None and schema.protein_key not in view.modalities:
-        raise UsageError(
-            f"no obsm matrix {schema.protein_key!r}",
-            where=where,
-            fix=f"--protein-key with one of: {', '.join(view.modalities) or 'none is there; convert --obsm'}",
-        )
+    if schema.protein_key is not None:
+        check_proteins(view, schema.protein_key)
 
     def there(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(device)
@@ -143,6 +139,16 @@ def columns_of(view: Collection, schema: Schema, device: torch.device) -> Column
         there(continuous_nc),
         schema.protein_key,
     )
+
+
+def check_proteins(view: Collection, key: str) -> None:
+    """Refuse a view without this matrix of proteins."""
+    if key not in view.modalities:
+        raise UsageError(
+            f"no obsm matrix {key!r}",
+            where=str(view.path),
+            fix=f"--protein-key with one of: {', '.join(view.modalities) or 'none is there; convert --obsm'}",
+        )
 
 
 def names_in(column: pd.Series, *, without: str | None = None) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from streamx.models.scanvi import from_scvi
 from streamx.schema import Schema
 from streamx.store.collection import Collection
 from streamx.train.build import TAKES_ROWS, build_module, n_latent_of
-from streamx.train.cells import Columns, columns_of, names_in
+from streamx.train.cells import Columns, check_proteins, columns_of, names_in
 from streamx.train.distributed import Ranks
 from streamx.train.engine import run_task, warm_up_steps
 from streamx.train.feed import make_loader
@@ -61,7 +61,8 @@ def schema_of(view: Collection, config: TrainConfig) -> Schema:
     if config.model == "scanvi" and not labels:
         raise UsageError(f"no cell has a {config.label_key}", where=str(view.path), fix="another --label-key")
     proteins: tuple[str, ...] = ()
-    if config.model == "totalvi" and config.protein_key in view.modalities:
+    if config.model == "totalvi":
+        check_proteins(view, config.protein_key)
         proteins = tuple(map(str, view.modalities[config.protein_key]["names"]))
     return Schema(
         genes=tuple(map(str, view.var_names)),

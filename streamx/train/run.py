@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import math
 import time
@@ -291,7 +292,7 @@ def _fingerprint(view: Collection, config: TrainConfig, network: Any) -> dict[st
     return {
         "view": {"generation": view.generation, "sha256": hashlib.sha256(content).hexdigest()},
         "train": {k: v for k, v in settings.items() if k not in later.union(_FREE)},
-        "network": asdict(network),
+        "network": json.loads(dump(asdict(network))),  # tuples as the card gives them back
     }
 
 

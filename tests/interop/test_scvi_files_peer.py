@@ -12,10 +12,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-pytest.importorskip("scvi")
-
-import scvi
 from scvi_cells import cells_of
 
 from streamx.config import ScanviConfig, ScviConfig, TotalviConfig
@@ -38,6 +34,11 @@ ARCHES = {
 QUIET: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False}
 
 
+def peer() -> Any:
+    """scvi-tools' models; imported where a test runs, not where tests are collected."""
+    return pytest.importorskip("scvi").model
+
+
 def cells(seed: int = 0, studies: str = "xyz", n: int = 90) -> anndata.AnnData:
     """Counts of 25 genes and 4 proteins, of which study z lacks one."""
     rng = np.random.default_rng(seed)
@@ -56,12 +57,12 @@ def cells(seed: int = 0, studies: str = "xyz", n: int = 90) -> anndata.AnnData:
 
 
 def scvi_model(data: anndata.AnnData, **settings: Any) -> Any:
-    scvi.model.SCVI.setup_anndata(data, batch_key="study")
-    return scvi.model.SCVI(data, n_hidden=16, n_latent=4, **settings)
+    peer().SCVI.setup_anndata(data, batch_key="study")
+    return peer().SCVI(data, n_hidden=16, n_latent=4, **settings)
 
 
 def with_covariates(data: anndata.AnnData, **settings: Any) -> Any:
-    scvi.model.SCVI.setup_anndata(
+    peer().SCVI.setup_anndata(
         data,
         layer="counts",
         batch_key="study",
@@ -69,22 +70,22 @@ def with_covariates(data: anndata.AnnData, **settings: Any) -> Any:
         categorical_covariate_keys=["donor"],
         continuous_covariate_keys=["age"],
     )
-    return scvi.model.SCVI(data, n_hidden=16, n_latent=4, **settings)
+    return peer().SCVI(data, n_hidden=16, n_latent=4, **settings)
 
 
 def without_batches(data: anndata.AnnData) -> Any:
-    scvi.model.SCVI.setup_anndata(data)
-    return scvi.model.SCVI(data, n_hidden=16, n_latent=4, dispersion="gene-cell", gene_likelihood="nb")
+    peer().SCVI.setup_anndata(data)
+    return peer().SCVI(data, n_hidden=16, n_latent=4, dispersion="gene-cell", gene_likelihood="nb")
 
 
 def scanvi_model(data: anndata.AnnData, **settings: Any) -> Any:
-    scvi.model.SCANVI.setup_anndata(data, labels_key="type", unlabeled_category="?", batch_key="study")
-    return scvi.model.SCANVI(data, n_hidden=16, n_latent=4, **settings)
+    peer().SCANVI.setup_anndata(data, labels_key="type", unlabeled_category="?", batch_key="study")
+    return peer().SCANVI(data, n_hidden=16, n_latent=4, **settings)
 
 
 def totalvi_model(data: anndata.AnnData, **settings: Any) -> Any:
-    scvi.model.TOTALVI.setup_anndata(data, protein_expression_obsm_key="adt", batch_key="study")
-    return scvi.model.TOTALVI(data, n_latent=4, **settings)
+    peer().TOTALVI.setup_anndata(data, protein_expression_obsm_key="adt", batch_key="study")
+    return peer().TOTALVI(data, n_latent=4, **settings)
 
 
 MODELS: dict[str, Callable[[anndata.AnnData], Any]] = {
@@ -150,10 +151,10 @@ def test_data_in_modalities(tmp_path: Path) -> None:
     data = cells()
     both = mudata.MuData({"rna": data.copy(), "adt": anndata.AnnData(data.obsm["adt"])})
     both.obs["study"] = data.obs["study"]
-    scvi.model.TOTALVI.setup_mudata(
+    peer().TOTALVI.setup_mudata(
         both, batch_key="study", modalities={"rna_layer": "rna", "protein_layer": "adt"}
     )
-    model = scvi.model.TOTALVI(both, n_latent=4)
+    model = peer().TOTALVI(both, n_latent=4)
     model.train(1, **QUIET)
     for legacy in (False, True):
         model.save(str(tmp_path), overwrite=True, legacy_mudata_format=legacy)
@@ -220,7 +221,7 @@ def test_scvi_tools_reads_a_folder_of_ours(tmp_path: Path, name: str) -> None:
     module, schema = WRITTEN[name]()
     kind = name.split(" ", 1)[0]
     save_for_scvi_tools(tmp_path, module.eval(), schema)
-    model = getattr(scvi.model, kind.upper()).load(str(tmp_path), data, accelerator="cpu")
+    model = getattr(peer(), kind.upper()).load(str(tmp_path), data, accelerator="cpu")
     given = cells_of(data, schema)
     with torch.no_grad():
         mean, _ = module.encode(given)  # type: ignore[operator]
@@ -242,7 +243,7 @@ def test_scvi_tools_reads_a_folder_of_ours(tmp_path: Path, name: str) -> None:
 
 def test_a_real_scanvi_from_before_its_classifier_gave_logits(fixtures_dir: Path) -> None:
     folder = fixtures_dir / "checkpoints" / "scvitools_pre_logits_fix_scanvi"
-    model = scvi.model.SCANVI.load(str(folder), accelerator="cpu")
+    model = peer().SCANVI.load(str(folder), accelerator="cpu")
     loaded = load_foreign(folder)
     given = cells_of(model.adata, loaded.schema)
     soft = model.predict(soft=True)
@@ -264,7 +265,7 @@ def test_real_totalvis_with_the_older_transform(fixtures_dir: Path, tmp_path: Pa
         with tarfile.open(checkpoints / "scvidata_testing_models_080.tar.gz") as archive:
             archive.extractall(tmp_path, filter="data")
         path, converted = tmp_path / folder, tmp_path / "converted"
-        scvi.model.TOTALVI.convert_legacy_save(str(path), str(converted))
+        peer().TOTALVI.convert_legacy_save(str(path), str(converted))
         data.var_names = [str(i) for i in range(100)]
     else:  # scvi-tools 1.4.2 can't load it: it has no efficiencies
         data, converted = anndata.read_h5ad(path / "adata.h5ad"), tmp_path
@@ -272,7 +273,7 @@ def test_real_totalvis_with_the_older_transform(fixtures_dir: Path, tmp_path: Pa
         weights = content["model_state_dict"]
         weights["log_per_batch_efficiency"] = torch.zeros_like(weights["background_pro_alpha"])
         torch.save(content, tmp_path / "model.pt")
-    model = scvi.model.TOTALVI.load(str(converted), data, accelerator="cpu")
+    model = peer().TOTALVI.load(str(converted), data, accelerator="cpu")
     loaded = load_foreign(path)
     given = cells_of(data, loaded.schema)
     assert isinstance(given.x_ng, torch.Tensor)

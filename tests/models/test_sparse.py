@@ -184,3 +184,54 @@ def test_latents_and_statistics() -> None:
     one_by_one = [(rows(x_ng[i : i + 1]), batch[i : i + 1]) for i in range(101)]
     single = np.concatenate(list(encode(model, lambda: one_by_one, stats[0].mean_bh, stats[0].var_bh)))
     np.testing.assert_allclose(single, got, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_latent", [1, 16, 37])
+@pytest.mark.parametrize("n_hidden", [1, 64, 130])
+def test_latents_of_any_shape(n_hidden: int, n_latent: int) -> None:
+    config = ScalexConfig(n_latent=n_latent, n_hidden=n_hidden)
+    model = Scalex(300, 3, config, torch.Generator().manual_seed(2)).eval()
+    x_ng, batch = cells(), torch.arange(37) % 3
+    rng = np.random.default_rng(1)
+    mean_bh, var_bh = rng.normal(size=(3, n_hidden)) / 10, rng.random((3, n_hidden)) + 0.5
+    found = [
+        next(iter(encode(model, lambda x=x: [(x, batch)], mean_bh, var_bh)))
+        for x in (torch.as_tensor(x_ng), rows(x_ng))
+    ]
+    np.testing.assert_allclose(found[1], found[0], atol=2e-6, rtol=1e-5)
+
+
+def test_a_latent_depends_on_its_cell_alone() -> None:
+    """To the last bit, whatever cells come with it."""
+    model = Scalex(700, 2, ScalexConfig(n_latent=10, n_hidden=200), torch.Generator().manual_seed(2)).eval()
+    x_ng, batch = cells(101, 700), torch.arange(101) % 2
+    stats = norm_stats(model, lambda: [(rows(x_ng), batch)])
+
+    def latents(cell_n: np.ndarray) -> np.ndarray:
+        given = [(rows(x_ng[cell_n]), batch[cell_n])]
+        return next(iter(encode(model, lambda: given, stats.mean_bh, stats.var_bh)))
+
+    together, order = latents(np.arange(101)), np.random.default_rng(0).permutation(101)
+    assert np.array_equal(latents(order), together[order])
+    assert np.array_equal(latents(order[:1]), together[order[:1]])
+
+
+def test_rows_in_the_middle_of_larger_arrays() -> None:
+    x_ng, batch = cells(), torch.arange(37) % 3
+    x = rows(x_ng)
+    model = Scalex(300, 3, ScalexConfig(n_latent=4, n_hidden=64), torch.Generator().manual_seed(2)).eval()
+    mean, var = (v[None] for v in running_stats(model))
+    some = Rows(x.first_n[7:20], x.gene_v, x.value_v, 300)
+    [want], [got] = (
+        list(encode(model, lambda x=x: [(x, batch[7:19])], mean, var)) for x in (rows(x_ng[7:19]), some)
+    )
+    assert np.array_equal(got, want)
+
+
+def test_no_number_in_a_cell_is_no_number_in_its_latent() -> None:
+    x_ng = cells()
+    x_ng[4, 7] = np.nan
+    model = Scalex(300, 1, ScalexConfig(n_latent=4, n_hidden=64), torch.Generator().manual_seed(2)).eval()
+    mean, var = (v[None] for v in running_stats(model))
+    [z_nk] = encode(model, lambda: [(rows(x_ng), torch.zeros(37).long())], mean, var)
+    assert np.isnan(z_nk).all(1).tolist() == [i == 4 for i in range(37)]
