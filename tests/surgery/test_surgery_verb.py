@@ -186,7 +186,9 @@ def test_labels_transfer_from_all_cells_of_the_update(home: Path, tmp_path: Path
     unlabelled = ad.read_h5ad(home / "q4.h5ad")
     del unlabelled.obs["type"]
     sx.surgery(home / "scanvi", {"q4": unlabelled}, tmp_path / "u", **FAST)
-    sx.project(tmp_path / "u", {"q": home / "half1.h5ad"}, tmp_path / "out", batch_key="batch", min_features=0)
+    sx.project(
+        tmp_path / "u", {"q": home / "half1.h5ad"}, tmp_path / "out", batch_key="batch", min_features=0
+    )
     found = sx.transfer(tmp_path / "u", tmp_path / "out", label_key="type", truth_key="type")
     assert found["accuracy"] > 0.6
     assert sx.metrics(tmp_path / "u", label_key="type")["details"]["n_cells"] == 540

@@ -10,6 +10,7 @@ import anndata as ad
 import numpy as np
 import pytest
 import torch
+from views import write_view
 
 import streamx as sx
 from streamx.config import TRAINING, TrainConfig
@@ -20,7 +21,6 @@ from streamx.train import engine, run
 from streamx.train.counts import kl_weight, latent_of, log_library
 from streamx.train.engine import n_epochs_of, warm_up_epochs
 from streamx.train.model import load_model
-from views import write_view
 
 SMALL: dict[str, dict[str, Any]] = {
     "scvi": {"n_hidden": 16, "arches": True},
