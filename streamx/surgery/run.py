@@ -51,7 +51,7 @@ from streamx.train.counts import latents
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
 from streamx.train.model import CARD, WEIGHTS, Model, load_model, read_card, save_weights, seal
-from streamx.train.surgery import learn_batch
+from streamx.train.surgery import learn_batch, measured_in, narrowed
 from streamx.train.task import Run
 
 log = logging.getLogger("streamx")
@@ -220,7 +220,14 @@ def _add(
         if learnable:
             shutil.rmtree(home, ignore_errors=True)
             view = lay_query(
-                model, query, learnable, blocks, home, _reading(config), new_labels=config.new_labels
+                model,
+                query,
+                learnable,
+                blocks,
+                home,
+                _reading(config),
+                new_labels=config.new_labels,
+                mask_missing=config.mask_missing,
             )
     finally:
         query.close()
@@ -389,7 +396,8 @@ def _encoded_again(
             view, key = _kept(out, entry["name"]), model.latent_key
             columns = columns_of(view, model.schema, torch.device("cpu"))
             options = {"device": torch.device("cpu"), "sparse": model.kind in TAKES_ROWS, **_reading(config)}
-            found_nk = latents(model.module, view, columns, **options)
+            module = narrowed(model.kind, model.schema, model.module, measured_in(view, model.schema))
+            found_nk = latents(module, view, columns, **options)
             z_nk = read_cells(out.below(fresh), fresh).latent_nk
             again = np.isin(view.obs_column("batch").astype(str), batches)
             z_nk[view.obs_column(PLACE).to_numpy()[again]] = found_nk[again]
