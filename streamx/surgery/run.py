@@ -110,6 +110,12 @@ def surgery(
     asked = requests(queries) if queries or watch is None else []
     first = load_model(source)
     _check(first, options)
+    if config.refit and out.shared:
+        raise UsageError(
+            "refit keeps cells beside the model, which it does not do in a bucket",
+            where=str(out),
+            fix="give a folder; or leave --refit out",
+        )
     reports = []
     with Journal(out, {"reference": first.id, "settings": _decisive(config, options)}) as journal:
         _begin(source, out, first)
