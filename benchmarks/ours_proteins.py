@@ -78,6 +78,7 @@ def main() -> None:
     times["surgery"] = since(start)
     start = clock()
     model = load_model(out / "updated")
+    assert list(model.schema.proteins) == list(ad.read_h5ad(args.reference).obsm["protein_expression"])
     np.save(out / "proteins.npy", decoded(model, query, args.batch, args.draws, args.seed))
     times["decode"] = since(start)
     result = {

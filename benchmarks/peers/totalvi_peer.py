@@ -40,17 +40,14 @@ def main() -> None:
 
     start = clock()
     reference = ad.read_h5ad(args.reference)
-    y_np = np.asarray(reference.obsm[KEY])
-    names = [f"protein {i}" for i in range(y_np.shape[1])]
-    reference.obsm[KEY] = pd.DataFrame(y_np, reference.obs_names, names)
+    names = list(reference.obsm[KEY].columns)
     scvi.model.TOTALVI.setup_anndata(reference, protein_expression_obsm_key=KEY, batch_key="batch")
     model = scvi.model.TOTALVI(reference)
     model.train(args.epochs, **fit)
     times["reference"] = since(start)
     start = clock()
     query = ad.read_h5ad(args.query)
-    nothing = np.zeros((query.n_obs, y_np.shape[1]), y_np.dtype)
-    query.obsm[KEY] = pd.DataFrame(nothing, query.obs_names, names)
+    query.obsm[KEY] = pd.DataFrame(0.0, query.obs_names, names)
     scvi.settings.seed = args.seed
     mapped = scvi.model.TOTALVI.load_query_data(query, model, accelerator="cpu")
     mapped.train(args.query_epochs, plan_kwargs={"weight_decay": 0.0}, **fit)
@@ -59,7 +56,7 @@ def main() -> None:
     _, found = mapped.get_normalized_expression(
         query, n_samples=args.draws, return_mean=True, transform_batch=[args.batch]
     )
-    np.save(out / "proteins.npy", np.asarray(found, dtype=np.float32))
+    np.save(out / "proteins.npy", found[names].to_numpy(dtype=np.float32))
     times["decode"] = since(start)
     per_epoch = -(-round(0.9 * reference.n_obs) // args.minibatch_size)
     epochs = len(model.history["elbo_train"])
