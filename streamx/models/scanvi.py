@@ -8,7 +8,6 @@ of z1. Network, loss and constants as scvi-tools has them.
 from __future__ import annotations
 
 import copy
-from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +45,7 @@ class Scanvi(nn.Module):
     n_labels
         Number of labels, "unlabelled" not among them.
     config
-        What it adds to scVI; the settings that both have are the scVI network's.
+        What it adds to scVI.
     generator
         CPU generator for the initial weights; default: seed 0.
 
@@ -70,8 +69,7 @@ class Scanvi(nn.Module):
         if vae.config.latent_distribution != "normal":
             raise ValueError("scANVI needs latent_distribution normal")
         self.vae, self.n_labels = vae, n_labels
-        shared = {field.name: getattr(vae.config, field.name) for field in fields(ScviConfig)}
-        self.config = replace(config or ScanviConfig(), **shared)
+        self.config = config or ScanviConfig()
         generator = generator or torch.Generator().manual_seed(0)
         n_latent, n_hidden = vae.config.n_latent, vae.config.n_hidden
         if self.config.linear_classifier:
@@ -173,12 +171,12 @@ class Scanvi(nn.Module):
         return of_z1_m.view(n_labels, n).t(), kl_m.view(n_labels, n).t()
 
     def _cross_entropy(self, z_nk: Tensor, cells: Cells, generator: torch.Generator | None) -> Tensor:
-        """Mean over the cells that have a label."""
+        """Mean over the cells that have a label; 0 where there is none, or no column of labels at all."""
+        if cells.label_n is None:
+            return z_nk.new_zeros(())
         logits_nl = self.classifier(z_nk, generator)
         if not self.config.logits:
             logits_nl = torch.softmax(logits_nl, -1)
-        if cells.label_n is None:
-            return logits_nl.new_zeros(())
         total = F.cross_entropy(logits_nl, cells.label_n, ignore_index=-1, reduction="sum")
         return total / (cells.label_n >= 0).sum().clamp(min=1)
 
