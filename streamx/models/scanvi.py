@@ -8,6 +8,7 @@ of z1. Network, loss and constants as scvi-tools has them.
 from __future__ import annotations
 
 import copy
+from dataclasses import fields, replace
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ class Scanvi(nn.Module):
     n_labels
         Number of labels, "unlabelled" not among them.
     config
-        What it adds to scVI.
+        What it adds to scVI; the settings that both have are the scVI network's.
     generator
         CPU generator for the initial weights; default: seed 0.
 
@@ -69,7 +70,8 @@ class Scanvi(nn.Module):
         if vae.config.latent_distribution != "normal":
             raise ValueError("scANVI needs latent_distribution normal")
         self.vae, self.n_labels = vae, n_labels
-        self.config = config or ScanviConfig()
+        shared = {field.name: getattr(vae.config, field.name) for field in fields(ScviConfig)}
+        self.config = replace(config or ScanviConfig(), **shared)
         generator = generator or torch.Generator().manual_seed(0)
         n_latent, n_hidden = vae.config.n_latent, vae.config.n_hidden
         if self.config.linear_classifier:
