@@ -78,10 +78,14 @@ class Pool:
         size = n * np.dtype(dtype).itemsize
         with self._lock:
             holders = _holders(self._arrays)
-            for k in range(len(holders)):
-                if holders[k] == _ALONE and self._arrays[k].size >= size:
-                    return self._arrays[k][:size].view(dtype)
-            self._arrays = [a for a, held in zip(self._arrays, holders, strict=True) if held > _ALONE]
+            # Arrays of one purpose are about equally long. A much longer one is another purpose's, which
+            # would have to make a new one: the pool would grow for as long as chance finds worse pairs.
+            like = [k for k, array in enumerate(self._arrays) if size / 2 < array.size < 2 * size]
+            free = [k for k in like if holders[k] == _ALONE]
+            fits = [k for k in free if self._arrays[k].size >= size]
+            if fits:
+                return self._arrays[min(fits, key=lambda k: self._arrays[k].size)][:size].view(dtype)
             array = np.empty(size + size // 8, np.uint8)
-            self._arrays = [*self._arrays[max(0, len(self._arrays) - self.most + 1) :], array]
+            kept = [a for k, a in enumerate(self._arrays) if k not in free]
+            self._arrays = [*kept[max(0, len(kept) - self.most + 1) :], array]
             return array[:size].view(dtype)
