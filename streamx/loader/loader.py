@@ -149,8 +149,8 @@ class Loader:
         self._total_n = self._totals()
         self.budget = self._plan_memory(parse_bytes(memory))
         self._pool = Pool(2 * (self.budget.fetches + max(1, threads)))
-        made = Pool(3 * self.budget.groups + 2)
-        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device, made)
+        made = [Pool(self.budget.groups + 2) for _ in ("values", "dense")]
+        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device, *made)
         self._cursor = (epoch, 0)
 
     def plan(self, epoch: int | None = None) -> Plan:

@@ -10,8 +10,9 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-# Row offsets take 1 or 2 bytes per row, the index of a zarr shard 8 KB: enough for all of ten million cells.
-NBYTES, NBYTES_OF_BUCKET = 24 << 20, 64 << 20  # what is read again in a bucket costs a request
+# Row offsets take 1 or 2 bytes per row, the index of a zarr shard 8 KB: all of five million cells; beyond that a
+# fetch reads some of them again, which costs it a few per cent.
+NBYTES, NBYTES_OF_BUCKET = 12 << 20, 64 << 20  # in a bucket what is read again costs a request
 FILES = 256  # that are kept open: a usual limit is 1,024 per process
 
 
