@@ -22,6 +22,7 @@ from streamx.loader.rows import Rows, selection, to_read
 from streamx.loader.transform import Transform
 from streamx.memory import steady_memory
 from streamx.store.collection import Collection, open_collection
+from streamx.store.kept import NBYTES_OF_LOADER
 
 TOTAL = "_streamx_total"
 # of minibatches that are made at once: they stay in the processor's cache; on a GPU few large calls count
@@ -152,6 +153,8 @@ class Loader:
         made = [Pool(self.budget.groups + 2) for _ in ("values", "dense")]
         self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device, *made)
         self._cursor = (epoch, 0)
+        if order != "sequential":
+            self.view.keep(NBYTES_OF_LOADER)
 
     def plan(self, epoch: int | None = None) -> Plan:
         """The order of an epoch (default: the next one), in positions among the selected rows.

@@ -309,6 +309,11 @@ class Collection:
             allocate,
         )
 
+    def keep(self, nbytes: int) -> None:
+        """Keep up to so many bytes of what says where rows lie, if not more already: who reads in any order
+        needs it again and again."""
+        self._kept.parts.most = max(self._kept.parts.most, nbytes)
+
     @property
     def value_dtype(self) -> np.dtype:
         """The narrowest dtype that holds the stored values of all shards."""

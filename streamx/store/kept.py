@@ -10,9 +10,10 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-# Row offsets take 1 or 2 bytes per row, the index of a zarr shard 8 KB: all of five million cells; beyond that a
-# fetch reads some of them again, which costs it a few per cent.
-NBYTES, NBYTES_OF_BUCKET = 12 << 20, 64 << 20  # in a bucket what is read again costs a request
+# Row offsets take 1 or 2 bytes per row, the index of a zarr shard 8 KB. Who reads in order needs few of them again;
+# a loader needs all, and has those of five million cells: beyond, each fetch reads some again, a few per cent of it.
+NBYTES, NBYTES_OF_LOADER = 4 << 20, 12 << 20
+NBYTES_OF_BUCKET = 64 << 20  # what is read again there costs a request
 FILES = 256  # that are kept open: a usual limit is 1,024 per process
 
 
@@ -74,9 +75,9 @@ class Kept:
         Open files, by their number.
     """
 
-    def __init__(self, nbytes: int = NBYTES, files: int = FILES) -> None:
+    def __init__(self, nbytes: int = NBYTES) -> None:
         self.parts: Cache[Any] = Cache(nbytes, _nbytes)
-        self.files: Cache[Any] = Cache(files, lambda _: 1)
+        self.files: Cache[Any] = Cache(FILES, lambda _: 1)
 
 
 GROUP_BYTES = 1 << 16  # of a zarr group with its metadata, about
