@@ -10,8 +10,8 @@ from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
-# Row offsets take 1 or 2 bytes per row, the index of a zarr shard 8 KB. Who reads in order needs few of them again;
-# a loader needs all, and has those of five million cells: beyond, each fetch reads some again, a few per cent of it.
+# Row offsets take 1 or 2 bytes per row, the index of a zarr shard 8 KB. Who reads in order needs few of them
+# again; a loader needs all, and has those of five million cells: beyond, a fetch reads some once more.
 NBYTES, NBYTES_OF_LOADER = 4 << 20, 12 << 20
 NBYTES_OF_BUCKET = 64 << 20  # what is read again there costs a request
 FILES = 256  # that are kept open: a usual limit is 1,024 per process
