@@ -131,8 +131,8 @@ class Delivery:
         stored, without transform.
     scale_bg
         What the transform divides by.
-    allocate
-        (values, dtype) -> an array for what is made.
+    allocate_values, allocate_dense
+        (values, dtype) -> an array for what is made: transformed values, and dense minibatches.
     """
 
     def __init__(
@@ -142,10 +142,11 @@ class Delivery:
         transform: Transform,
         scale_bg: np.ndarray | None,
         device: Any,
-        allocate: Allocate,
+        allocate_values: Allocate,
+        allocate_dense: Allocate,
     ) -> None:
         self.output, self.n_genes, self.transform, self.device = output, n_genes, transform, device
-        self.allocate = allocate
+        self.allocate_values, self.allocate_dense = allocate_values, allocate_dense
         self.inverse_bg = None if scale_bg is None or transform.scale is None else inverse_of(scale_bg)
         self._to_device = None
         if device is not None and output == "dense" and str(device).split(":")[0] != "cpu":
@@ -191,7 +192,7 @@ class Delivery:
             rows = self._scipy if self.output == "scipy" else self._rows
             return lambda a, b: rows(indptr[a : b + 1], block.indices, block.data)
         low, high = int(indptr[0]), int(indptr[-1])
-        data = self.allocate(high - low, np.float32)
+        data = self.allocate_values(high - low, np.float32)
         transformed(
             indptr, block.indices, block.data, self.transform, columns.get("total"), columns["batch"],
             self.inverse_bg, data,
@@ -199,7 +200,7 @@ class Delivery:
         from streamx.loader.kernels import densify
 
         n = len(indptr) - 1
-        x_ng = self.allocate(n * self.n_genes, np.float32).reshape(n, self.n_genes)
+        x_ng = self.allocate_dense(n * self.n_genes, np.float32).reshape(n, self.n_genes)
         densify(indptr - low, block.indices[low:high], data, x_ng)
         made = x_ng if self.device is None else tensor(x_ng, self.device)
         return lambda a, b: made[a:b]

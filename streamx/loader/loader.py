@@ -14,12 +14,15 @@ import numpy as np
 
 from streamx.config import parse_bytes
 from streamx.errors import ResourceError, UsageError
+from streamx.loader.column import Column, codes_of
 from streamx.loader.deliver import OUTPUTS, Block, Delivery, Minibatch, read_dtypes
 from streamx.loader.plan import BLOCK_ROWS, BLOCKS_PER_FETCH, Plan, make_plan
 from streamx.loader.prefetch import Pool, prefetched
 from streamx.loader.rows import Rows, selection, to_read
 from streamx.loader.transform import Transform
+from streamx.memory import steady_memory
 from streamx.store.collection import Collection, open_collection
+from streamx.store.kept import NBYTES_OF_LOADER
 
 TOTAL = "_streamx_total"
 # of minibatches that are made at once: they stay in the processor's cache; on a GPU few large calls count
@@ -130,6 +133,7 @@ class Loader:
     ) -> None:
         if output not in OUTPUTS:
             raise UsageError(f"output {output!r}", fix=f"one of {', '.join(OUTPUTS)}")
+        steady_memory()
         self.view = view if isinstance(view, Collection) else open_collection(view)
         self.order, self.shares, self.drop_last = order, shares, drop_last
         self.minibatch_size, self.seed, self.epoch, self.start = minibatch_size, seed, epoch, 0
@@ -140,14 +144,17 @@ class Loader:
         self.transform = Transform.of(declared)
         scale_bg = self.view.scale_bg if self.transform.scale else None
         chosen = selection(rows, self.view.n_obs)
-        self._strata_n = None if stratify is None else _codes(self.view, stratify)
+        named = stratify if stratify != self.view.batch_key else None  # else plans share out the batches
+        self._strata_n = None if named is None else codes_of(self.view, named)
         self._rows = Rows(self.view.batch_runs, chosen, self._weights(weights, chosen), n_samples, seed)
         self._total_n = self._totals()
         self.budget = self._plan_memory(parse_bytes(memory))
         self._pool = Pool(2 * (self.budget.fetches + max(1, threads)))
-        made = Pool(3 * self.budget.groups + 2)
-        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device, made)
+        made = [Pool(self.budget.groups + 2) for _ in ("values", "dense")]
+        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device, *made)
         self._cursor = (epoch, 0)
+        if order != "sequential":
+            self.view.keep(NBYTES_OF_LOADER)
 
     def plan(self, epoch: int | None = None) -> Plan:
         """The order of an epoch (default: the next one), in positions among the selected rows.
@@ -301,7 +308,7 @@ class Loader:
             if weights != "balanced":
                 raise UsageError(f"weights {weights!r}", fix="'balanced', or one number per cell")
             code_n = self._strata_n if self._strata_n is not None else self.view.batch_codes
-            code_n = code_n[chosen]
+            code_n = np.asarray(code_n[chosen], np.int64)
             size = np.bincount(code_n[code_n >= 0])
             return np.where(code_n >= 0, 1 / np.maximum(size, 1)[np.maximum(code_n, 0)], 0.0)
         weight_n = np.asarray(weights, dtype=np.float64)
@@ -312,9 +319,9 @@ class Loader:
             )
         return weight_n[chosen]
 
-    def _totals(self) -> np.ndarray | None:
+    def _totals(self) -> Column | None:
         if TOTAL in self.view.obs_columns:
-            return self.view.obs_column(TOTAL).to_numpy(np.float32)
+            return Column(self.view.n_obs, np.float32, partial(_totals_of, self.view))
         if self.transform.target_sum is not None:
             raise UsageError(
                 f"the transform scales cells to a total, but there is no obs column {TOTAL!r}",
@@ -374,7 +381,5 @@ class Loader:
         return budget
 
 
-def _codes(view: Collection, name: str) -> np.ndarray:
-    """Codes of an obs column's values, int (n_obs,); -1 where there is none."""
-    codes = view.obs_column(name).astype("category").cat.codes
-    return np.asarray(codes)
+def _totals_of(view: Collection, start: int, stop: int) -> np.ndarray:
+    return view.obs_column(TOTAL, start, stop).to_numpy(np.float32)

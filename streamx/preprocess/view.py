@@ -32,7 +32,7 @@ from streamx.store.text import Text
 
 TOTAL, ROW = "_streamx_total", "_streamx_row"
 BYTES_PER_VALUE = 40  # of a slab while it is read, cut and sorted
-MAX_SLAB_ROWS = 1 << 14
+MAX_SLAB_ROWS = 1 << 13
 
 
 @dataclass(frozen=True)

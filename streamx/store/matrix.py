@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,12 +18,40 @@ import numpy as np
 from streamx.errors import IntegrityError
 from streamx.store.ahead import plan_ahead
 from streamx.store.chunks import Chunks, Frames, open_chunks
+from streamx.store.kept import Kept
+from streamx.store.layout import smallest_unsigned
 from streamx.store.location import RESTORE, Location, ObjectTable
 from streamx.store.read import Read, integrity, open_group
 
-OFFSETS = 64  # chunks of row offsets that are remembered per shard, 64 KB each
-
 Allocate = Callable[[int, Any], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Some entries of indptr, as they are kept: the first, and how much each next one is larger."""
+
+    first: int
+    size_n: np.ndarray
+
+    @classmethod
+    def of(cls, entries: np.ndarray) -> Offsets:
+        """int64 entries, at least one."""
+        size_n = np.diff(entries)
+        if not len(size_n) or size_n.min() >= 0:
+            size_n = size_n.astype(smallest_unsigned(int(size_n.max(initial=0))))
+        return cls(int(entries[0]), size_n)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size_n.nbytes + 200
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Entries start..stop, int64, at least one."""
+        out = np.empty(part.stop - part.start, np.int64)
+        out[0] = self.first + int(self.size_n[: part.start].sum(dtype=np.int64))
+        np.cumsum(self.size_n[part.start : part.stop - 1], out=out[1:])
+        out[1:] += out[0]
+        return out
 
 
 class Matrix:
@@ -35,52 +63,56 @@ class Matrix:
         Objects that must exist, from the manifest.
     verify
         Check the checksum of every chunk that is read.
+    kept
+        What was read before, of this and other matrices.
     """
 
-    def __init__(self, location: Location, path: str, expected: ObjectTable, verify: bool = True) -> None:
+    def __init__(
+        self, location: Location, path: str, expected: ObjectTable, verify: bool, kept: Kept
+    ) -> None:
         self.location, self.path, self.expected, self.verify = location, path, expected, verify
+        self.kept = kept
 
     @cached_property
     def values(self) -> tuple[Chunks, Chunks] | None:
         """indices and data on one chunk grid, or None: only zarr can read them."""
         from streamx.store import decode
 
-        found = [
-            open_chunks(self.location, f"{self.path}/X/{name}", self.expected) for name in ("indices", "data")
-        ]
-        indices, data = found
+        indices, data = self._chunks("indices"), self._chunks("data")
         if indices is None or data is None or not decode.available():
             return None
         return (indices, data) if (indices.n, indices.chunk) == (data.n, data.chunk) else None
 
-    @cached_property
+    @property
     def group(self) -> Any:
         """The shard as zarr opens it."""
-        return open_group(self.location, self.path, self.expected)
+        return self.kept.parts.get(self.path, partial(open_group, self.location, self.path, self.expected))
 
     def row_offsets(self, start: int, stop: int) -> np.ndarray:
         """Entries start..stop of indptr and the one after, int64."""
-        numbers = self.offset_chunks(start, stop)
-        pieces = [self.offsets(number) for number in numbers]
-        first = 0 if self._indptr is None else numbers[0] * self._indptr.chunk
-        return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces))[start - first : stop + 1 - first]
+        chunk = stop + 1 if self._indptr is None else self._indptr.chunk
+        pieces = []
+        for number in self.offset_chunks(start, stop):
+            first = number * chunk
+            pieces.append(self.offsets(number)[max(start - first, 0) : min(stop + 1 - first, chunk)])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def offset_chunks(self, start: int, stop: int) -> range:
         """Numbers of the chunks of indptr that hold the entries start..stop and the one after."""
         chunk = stop + 1 if self._indptr is None else self._indptr.chunk
         return range(start // chunk, stop // chunk + 1)
 
-    @cached_property
-    def offsets(self) -> Callable[[int], np.ndarray]:
+    def offsets(self, number: int) -> Offsets:
         """A chunk of indptr by its number; all of it as number 0 where zarr has to read it."""
         if self._indptr is None:
-            return lru_cache(1)(partial(_whole_offsets, self.location, self.path, self.expected))
-        # in a bucket all are kept, 8 bytes per row: reading them again would be requests in every fetch
-        return lru_cache(None if self.location.shared else OFFSETS)(partial(_offsets_of, self._indptr))
+            make = partial(_whole_offsets, self.location, self.path, self.expected)
+        else:
+            make = partial(_offsets_of, self._indptr, number)
+        return self.kept.parts.get((self.path, "offsets", number), make)
 
     def open(self) -> None:
         """Read what says where the chunks lie, but for the indexes of indices and data."""
-        _ = self.values, self.offsets
+        _ = self.values
         if self._indptr is not None:
             self._indptr.index(0)
 
@@ -88,16 +120,19 @@ class Matrix:
     def _indptr(self) -> Chunks | None:
         from streamx.store import decode
 
-        chunks = open_chunks(self.location, f"{self.path}/X/indptr", self.expected)
+        chunks = self._chunks("indptr")
         return chunks if chunks is not None and chunks.dtype == np.int64 and decode.available() else None
 
+    def _chunks(self, name: str) -> Chunks | None:
+        return open_chunks(self.location, f"{self.path}/X/{name}", self.expected, self.kept)
 
-def _whole_offsets(location: Location, path: str, expected: ObjectTable, _: int) -> np.ndarray:
+
+def _whole_offsets(location: Location, path: str, expected: ObjectTable) -> Offsets:
     with integrity(f"{location}/{path}/X/indptr"):
-        return np.asarray(open_group(location, path, expected)["X/indptr"][:], dtype=np.int64)
+        return Offsets.of(np.asarray(open_group(location, path, expected)["X/indptr"][:], dtype=np.int64))
 
 
-def _offsets_of(chunks: Chunks, number: int) -> np.ndarray:
+def _offsets_of(chunks: Chunks, number: int) -> Offsets:
     """One chunk of row offsets."""
     from streamx.store import decode
 
@@ -110,7 +145,7 @@ def _offsets_of(chunks: Chunks, number: int) -> np.ndarray:
     error = decode.decode_chunk(raw, *chunks.coding, True, values)
     if error:
         raise chunks.damaged(shard, decode.WHAT[error])
-    return values[: chunks.n - number * chunks.chunk]
+    return Offsets.of(values[: chunks.n - number * chunks.chunk])
 
 
 @dataclass(frozen=True)

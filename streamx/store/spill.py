@@ -17,6 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from streamx.compiled import compiled
+from streamx.memory import give_back
 from streamx.store import layout
 from streamx.store.journal import Journal
 from streamx.store.location import ObjectTable, describe
@@ -102,6 +103,8 @@ def _spill_one(slab: Slab, journal: Journal) -> Spilled:
     about: dict[str, Any] = {"maximum": maximum, "counts": counts, "first": first, "last": last}
     about["arrays"] = {part: (values.dtype.str, values.shape) for part, values in arrays.items()}
     journal.record(name, {"rows": describe(rows.data), "files": files, "slab": about})
+    del arrays, values
+    give_back()
     return Spilled(folder, **about)
 
 
