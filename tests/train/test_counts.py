@@ -81,6 +81,15 @@ def test_killed_training_ends_with_the_same_bits(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("size", "steps"), [(60, 7), (56, 8), (99, 4), (131, 4), (197, 2), (395, 1), (500, 1)])
+def test_an_epoch_trains_on_what_is_left_over(
+    size: int, steps: int, view: Collection, tmp_path: Path
+) -> None:
+    """Of the 396 cells that train; but for one or two, which are too few for a batch norm."""
+    settings = {"model": "scvi", "n_hidden": 4, "minibatch_size": size, "max_epochs": 1}
+    assert sx.train(view, tmp_path / "model", **settings).steps == steps
+
+
 def test_weight_of_the_kl_divergence() -> None:
     by_epochs = TrainConfig(model="scvi", warmup_epochs=400)
     assert [kl_weight(by_epochs, 1000, epoch, 0) for epoch in (0, 200, 400, 500)] == [0, 0.5, 1, 1]
