@@ -405,10 +405,10 @@ def latents(module: Any, view: Collection, columns: Columns, **options: Any) -> 
     return z_nk
 
 
-def latent_of(module: Any, cells: Cells) -> Tensor:
+def latent_of(module: Any, cells: Cells, n_draws: int = LN_DRAWS) -> Tensor:
     """The latents of a minibatch: means of q(z|x), (n, n_latent).
 
-    Of a logistic-normal latent the mean of its softmax, over 5,000 draws that are the same for every cell, so
+    Of a logistic-normal latent the mean of its softmax, over draws that are the same for every cell, so
     that a cell's latent does not depend on its neighbours (scvi-tools draws anew).
     """
     mean_nk, var_nk = module.encode(cells)[:2]
@@ -416,7 +416,7 @@ def latent_of(module: Any, cells: Cells) -> Tensor:
         return mean_nk
     generator = torch.Generator(mean_nk.device).manual_seed(0)
     sum_nk = torch.zeros_like(mean_nk)
-    for _ in range(LN_DRAWS):
+    for _ in range(n_draws):
         noise_k = torch.randn(mean_nk.shape[1], generator=generator, device=mean_nk.device)
         sum_nk += torch.softmax(torch.addcmul(mean_nk, var_nk.sqrt(), noise_k), -1)
-    return sum_nk / LN_DRAWS
+    return sum_nk / n_draws

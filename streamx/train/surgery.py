@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from streamx.config import FreezeConfig
+from streamx.config import FreezeConfig, TrvaeFreezeConfig
 from streamx.models.freeze import freeze, trainable
 from streamx.models.freeze_trvae import trainable_trvae
 from streamx.models.grow import extended
@@ -41,8 +41,7 @@ def learn_batch(
         Where the batch's cells lie in the view.
     """
     key, seed = zlib.crc32(batch.encode()), run.config.seed
-    generator = torch.Generator().manual_seed(seed_of(seed, 3, key))
-    grown: Any = extended(module.cpu(), [generator], _given(run, module, batch, rows))
+    grown = with_batch(run, module.cpu(), batch, rows)
     measured = measured_in(run.view, run.schema)
     learning = narrowed(run.config.model, run.schema, grown, measured)
     plan = trainable_trvae(learning, 1) if run.config.model == "trvae" else trainable(learning, 1, options)
@@ -100,7 +99,35 @@ def _other_axis(a: Tensor, b: Tensor) -> int | None:
     return next((d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None)
 
 
-def _given(run: Run, module: Any, batch: str, rows: tuple[int, int]) -> dict[str, Tensor]:
+def with_batch(run: Run, module: Any, batch: str, rows: tuple[int, int] | None = None) -> Any:
+    """A new model on the CPU with one batch more, its values as they are before it is learnt.
+
+    ``rows``: where the batch's cells lie in the view; by default they are looked for in all of it.
+    """
+    generator = torch.Generator().manual_seed(seed_of(run.config.seed, 3, zlib.crc32(batch.encode())))
+    return extended(module, [generator], _given(run, module, batch, rows))
+
+
+def learn_batches(
+    run: Run, module: Any, n_new: int, options: FreezeConfig | TrvaeFreezeConfig, *, progress: bool
+) -> State:
+    """Train what may move of a model, in place, on all cells of the view; its last batches are the new ones.
+
+    Cells of several batches share minibatches, as in scArches: what is learnt of one batch depends on which
+    others are learnt with it (unlike :func:`learn_batch`).
+    """
+    if isinstance(options, TrvaeFreezeConfig):
+        plan = trainable_trvae(module, n_new, options)
+    else:
+        plan = trainable(module, n_new, options)
+    freeze(module, plan)
+    task = counts.task_of(run, module.to(run.device), (0, run.view.n_obs))
+    trained = run_task(run, task, run.view.n_obs, progress)
+    module.requires_grad_(True)
+    return trained.state
+
+
+def _given(run: Run, module: Any, batch: str, rows: tuple[int, int] | None) -> dict[str, Tensor]:
     """What of the new batch is not drawn but follows from its cells, by the tables' names."""
     code, given = run.view.batches.index(batch), dict[str, Tensor]()
     for name, _ in module.named_buffers():
