@@ -150,7 +150,9 @@ def _offsets_of(chunks: Chunks, number: int) -> Offsets:
 
 @dataclass(frozen=True)
 class _Task:
-    """Rows of one shard, ascending: the values of each, where these go (-1: nowhere), and what holds them."""
+    """Rows of one shard (or runs of rows as one), ascending: the values of each, where these go (-1: nowhere)
+    and what holds them.
+    """
 
     matrix: Matrix
     start_n: np.ndarray
@@ -195,21 +197,25 @@ def gather(
     """
     plan_ahead(matrix_of, reads)
     offsets = [matrix_of(read.shard).row_offsets(read.start, read.stop) for read in reads]
-    start_n, stop_n = (
-        np.concatenate([part[which] for part in offsets]) if offsets else np.zeros(0, np.int64)
-        for which in (slice(None, -1), slice(1, None))
-    )
-    size_n = stop_n - start_n
+    size_n = np.concatenate([np.zeros(0, np.int64), *map(np.diff, offsets)])
     indptr = np.zeros((len(size_n) if order is None else len(order)) + 1, np.int64)
     np.cumsum(size_n if order is None else size_n[order], out=indptr[1:])
-    at_n = indptr[:-1]
-    if order is not None:
+    first_r, last_r = (np.array([part[end] for part in offsets], np.int64) for end in (0, -1))
+    if order is None:  # each read as if it were one long row
+        start_n, stop_n, at_n = first_r, last_r, np.cumsum(last_r - first_r) - (last_r - first_r)
+        rows_r = np.ones(len(reads), np.int64)
+    else:
+        start_n, stop_n = (
+            np.concatenate([np.zeros(0, np.int64), *(part[which] for part in offsets)])
+            for which in (slice(None, -1), slice(1, None))
+        )
         at_n = np.full(len(size_n), -1, np.int64)
         at_n[order] = indptr[:-1]
+        rows_r = np.array([read.stop - read.start for read in reads], np.int64)
     if index_dtype is None:
         index_dtype = np.int32 if indptr[-1] <= np.iinfo(np.int32).max else np.int64
     indices, data = allocate(int(indptr[-1]), index_dtype), allocate(int(indptr[-1]), data_dtype)
-    tasks = _tasks(matrix_of, reads, offsets, start_n, stop_n, at_n)
+    tasks = _tasks(matrix_of, reads, first_r, last_r, rows_r, start_n, stop_n, at_n)
     frames, given = _bytes_of(tasks)
     for task, (frames_i, frames_d) in zip(tasks, frames, strict=True):
         _place(task, frames_i, frames_d, given, indices, data)
@@ -219,14 +225,16 @@ def gather(
 def _tasks(
     matrix_of: Callable[[int], Matrix],
     reads: Sequence[Read],
-    offsets: list[np.ndarray],
+    first_r: np.ndarray,
+    last_r: np.ndarray,
+    rows_r: np.ndarray,
     start_n: np.ndarray,
     stop_n: np.ndarray,
     at_n: np.ndarray,
 ) -> list[_Task]:
-    """One task for all rows that one kernel call can place."""
+    """One task for all rows that one kernel call can place. A read: its values first..last, its rows."""
     tasks = []
-    rows = np.cumsum([0, *(read.stop - read.start for read in reads)]).tolist()
+    rows = np.concatenate([[0], np.cumsum(rows_r)]).tolist()
     low = 0
     for high in range(1, len(reads) + 1):
         follows = (
@@ -239,8 +247,7 @@ def _tasks(
         matrix, own = matrix_of(reads[low].shard), slice(rows[low], rows[high])
         number_k, frames = np.zeros(0, np.int64), None
         if matrix.values is not None:
-            first, last = (np.array([part[end] for part in offsets[low:high]]) for end in (0, -1))
-            number_k = _chunk_numbers(first, last, matrix.values[0].chunk)
+            number_k = _chunk_numbers(first_r[low:high], last_r[low:high], matrix.values[0].chunk)
             frames = (matrix.values[0].frames(number_k), matrix.values[1].frames(number_k))
         cuts = [row - rows[low] for row in rows[low : high + 1]]
         tasks.append(_Task(matrix, start_n[own], stop_n[own], at_n[own], cuts, number_k, frames))
@@ -298,6 +305,7 @@ def _place(
         task.number_k, frames_i, frames_d, given, max(largest, decode.READ_AHEAD), columns.chunk,
         columns.coding, values.coding, matrix.verify, task.start_n, task.stop_n, task.at_n,
         np.empty(columns.chunk, columns.dtype), np.empty(values.chunk, values.dtype), indices, data,
+        (indices.dtype == columns.dtype, data.dtype == values.dtype),
     )  # fmt: skip
     if answer:
         which, error = divmod(answer, decode.N_ERRORS)
