@@ -335,8 +335,9 @@ class Loader:
         """
         if self._rows.repeats:
             return False
-        rows = self.block_rows * self.blocks_per_fetch
-        return self.output == "dense" or rows * self._nnz * _itemsize(self._stored) > CACHED_BYTES
+        if self.output == "dense" or self.order == "sequential":
+            return True
+        return self.block_rows * self.blocks_per_fetch * self._nnz * _itemsize(self._stored) > CACHED_BYTES
 
     @property
     def _read_dtypes(self) -> tuple[Any, Any]:
