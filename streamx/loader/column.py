@@ -42,12 +42,18 @@ class Column:
     def __init__(self, n: int, dtype: Any, read: Callable[[int, int], np.ndarray]) -> None:
         self.n, self.dtype, self.read = n, np.dtype(dtype), read
         self._there = np.zeros(-(-n // UNIT), bool)
-        self._file = None if n * self.dtype.itemsize <= IN_MEMORY else _scratch_file(n * self.dtype.itemsize)
+        self._file: Any = (
+            None if n * self.dtype.itemsize <= IN_MEMORY else _scratch_file(n * self.dtype.itemsize)
+        )
         self._values: np.ndarray
         if self._file is None:
             self._values = np.zeros(n, self.dtype)
         else:
             self._values = np.memmap(self._file, self.dtype, "r", shape=(n,))
+
+    def __del__(self) -> None:
+        if getattr(self, "_file", None) is not None:
+            self._file.close()
 
     def __len__(self) -> int:
         return self.n

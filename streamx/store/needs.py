@@ -24,7 +24,7 @@ from streamx.store.text import Text
 
 SLAB_BYTES = 17  # of memory per value of a slab, while it is read, moved to its columns and sorted
 ROW_BYTES = 48  # of disk per cell: order, place, end, hash of the name
-CHUNKS_AT_ONCE = 512  # of a zarr shard, whose values are gathered and encoded while all of its bytes wait
+CHUNKS_AT_ONCE = 128  # of a zarr shard, whose values are gathered and encoded while all of its bytes wait
 SAMPLE_ROWS = 4096
 SAMPLED_FILES = 16  # whose rows show how the values compress
 SURE = 0.7  # a prediction is right within 30 %

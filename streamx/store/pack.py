@@ -347,11 +347,12 @@ class _Writer:
     ) -> Iterator[np.ndarray]:
         """Values low..high of a shard, some chunks at a time."""
         step = plan.chunk * CHUNKS_AT_ONCE
-        for first in range(low, high, step):
-            last = min(first + step, high)
-            start, stop = plan.rows(first, last)
+        cuts = [(first, min(first + step, high)) for first in range(low, high, step)]
+        rows = [plan.rows(*cut) for cut in cuts]
+        ranges = [(plan.first + start, plan.first + stop) for start, stop in rows]
+        found = self.rows.each_values(name, ranges, dtype)
+        for (first, last), (start, _), values in zip(cuts, rows, found, strict=True):
             offset = int(plan.ends[start] - plan.ends[0])
-            values = self.rows.values(name, plan.first + start, plan.first + stop, dtype)
             yield values[first - offset : last - offset]
 
     def frame(self, plan: ShardPlan) -> ObjectTable:

@@ -179,11 +179,23 @@ class Spill:
 
     def values(self, name: str, start: int, stop: int, dtype: Any) -> np.ndarray:
         """`indices` or `data` of the destination rows start..stop, concatenated in row order."""
-        begin = np.asarray(self.ends[start : stop + 1] - self.ends[start])
-        out = np.empty(int(begin[-1]), dtype=dtype)
-        for slab, rows, low, high in self._pieces(start, stop):
-            _copy_rows(slab.array("indptr"), slab.array(name), np.arange(low, high), begin, rows - start, out)
-        return out
+        return next(self.each_values(name, [(start, stop)], dtype))
+
+    def each_values(self, name: str, ranges: Sequence[tuple[int, int]], dtype: Any) -> Iterator[np.ndarray]:
+        """The same of ascending ranges, one after the other; what says where they lie is read once."""
+        found = [
+            (slab, rows, np.asarray(slab.array("indptr")[low : high + 1]))
+            for slab, rows, low, high in self._pieces(ranges[0][0], ranges[-1][1])
+        ]
+        for start, stop in ranges:
+            begin = np.asarray(self.ends[start : stop + 1] - self.ends[start])
+            out = np.empty(int(begin[-1]), dtype=dtype)
+            for slab, rows, indptr in found:
+                low, high = np.searchsorted(rows, [start, stop]).tolist()
+                if low < high:
+                    mine = np.arange(low, high)
+                    _copy_rows(indptr, slab.array(name), mine, begin, rows[mine] - start, out)
+            yield out
 
     def dense(self, name: str, start: int, stop: int, width: int, dtype: Any) -> np.ndarray:
         """Rows start..stop of a dense matrix; zeros where a slab doesn't have it."""
