@@ -81,7 +81,7 @@ def test_killed_training_ends_with_the_same_bits(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
-@pytest.mark.parametrize(("size", "steps"), [(60, 7), (56, 8), (99, 4), (131, 4), (197, 2), (395, 1), (500, 1)])
+@pytest.mark.parametrize(("size", "steps"), [(60, 7), (56, 8), (99, 4), (131, 4), (197, 2), (395, 1)])
 def test_an_epoch_trains_on_what_is_left_over(
     size: int, steps: int, view: Collection, tmp_path: Path
 ) -> None:
