@@ -223,7 +223,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
             view,
             config.minibatch_size,
             rows=with_label,
-            drop_last=_drops_last(int(with_label.sum()), config),
+            drop_last=True,  # they go round: every one has its turn
             seed=config.seed + 1,
             rank=ranks.rank,
             world=ranks.world,
