@@ -203,7 +203,7 @@ def adopt(state: State, path: Path) -> None:
     model = load_model(path)
     model.module.to(pick_device(state.device))
     if state.keys.batch_key is None and as_collection(state.data) is None:
-        # all cells are one batch, whatever name convert gave it
+        # all cells are one batch; the name and the column that convert gives to it mean nothing
         schema = replace(model.schema, batch_key=None)
         model = replace(model, schema=schema, card=model.card | {"batch_key": None})
     state.model, state.trained = model, True
