@@ -26,6 +26,11 @@ _PUBLIC: dict[str, str] = {
     "integrate": "streamx.integrate:integrate",
     "simulate": "streamx.simulate.write:simulate",
     "SCALEX": "streamx.integrate:SCALEX",
+    "SCVI": "streamx.arches.scvi:SCVI",
+    "SCANVI": "streamx.arches.scanvi:SCANVI",
+    "TOTALVI": "streamx.arches.totalvi:TOTALVI",
+    "TRVAE": "streamx.arches.trvae:TRVAE",
+    "setup_anndata": "streamx.arches.keys:setup_anndata",
     "pl": "streamx.plots",
 }
 

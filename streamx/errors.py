@@ -4,6 +4,7 @@
 
     StreamxError                 exit 1
     ├── UsageError               exit 2   an option or argument that can't be right
+    │   └── UntrainedError                a model that was not trained yet (a RuntimeError too)
     ├── InputError               exit 3   data that can't be used as they are
     │   ├── BadValuesError                NaN, inf, negative, non-integer counts, log-normalised data
     │   ├── BadFileError                  a file that can't be read as what it claims to be
@@ -50,6 +51,10 @@ class StreamxError(Exception):
 
 class UsageError(StreamxError):
     exit_code = 2
+
+
+class UntrainedError(UsageError, RuntimeError):
+    pass
 
 
 class InputError(StreamxError):

@@ -48,6 +48,7 @@ ROOMS: dict[str, set[str]] = {
     "figures": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
     "surgery": DATA | {"models", "train", "query", "project", "mapping"},
+    "arches": DATA | {"models", "posterior", "train", "query", "project", "surgery"},
     "verify": CORE | {"store", "train", "mapping"},
     "integrate": DATA | {"models", "train", "interop", "project", "mapping", "neighbors", "metrics", "plots"},
     "demo": {"demo"},

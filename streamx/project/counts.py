@@ -19,7 +19,7 @@ from streamx.store.filed import piece_rows
 from streamx.store.ingest import Source
 from streamx.store.scratch import new_array
 from streamx.train.build import TAKES_ROWS, n_latent_of
-from streamx.train.cells import category_codes, continuous_values
+from streamx.train.cells import category_codes, continuous_values, label_codes
 from streamx.train.counts import latent_of
 from streamx.train.feed import query_input
 from streamx.train.model import Model
@@ -88,9 +88,10 @@ class QueryColumns:
         batch_b: np.ndarray,
         category_nc: np.ndarray | None,
         continuous_nc: np.ndarray | None,
+        label_n: np.ndarray | None = None,
     ) -> None:
         self.model, self.query, self.batch_b = model, query, batch_b
-        self.category_nc, self.continuous_nc = category_nc, continuous_nc
+        self.category_nc, self.continuous_nc, self.label_n = category_nc, continuous_nc, label_n
 
     def cells(self, block: Block) -> Cells:
         """A block's cells; on the CPU as sparse rows where the model takes them."""
@@ -108,6 +109,7 @@ class QueryColumns:
         return Cells(
             x_ng=x_ng,
             batch_n=there(self.batch_b[block.batch_n]),
+            label_n=None if self.label_n is None else there(self.label_n[block.row_n]).long(),
             category_nc=None if self.category_nc is None else there(self.category_nc[block.row_n]).long(),
             continuous_nc=None if self.continuous_nc is None else there(self.continuous_nc[block.row_n]),
             protein_np=there(query_proteins(self.model, self.query, block.row_n)) if proteins else None,
@@ -115,7 +117,7 @@ class QueryColumns:
 
 
 def query_proteins(model: Model, query: Query, row_n: np.ndarray) -> np.ndarray:
-    """Protein counts of ascending rows of a query on the model's proteins, float32; 0 where it has none."""
+    """Protein counts of rows of a query on the model's proteins, float32; 0 where it has none."""
     names, key = model.schema.proteins, model.schema.protein_key
     out_np = np.zeros((len(row_n), len(names)), np.float32)
     file_n, within_n = file_of(row_n, [source.n_obs for source in query.sources])
@@ -123,35 +125,37 @@ def query_proteins(model: Model, query: Query, row_n: np.ndarray) -> np.ndarray:
         source, mine = query.sources[f], np.flatnonzero(file_n == f)
         if key is None or key not in source.obsm:
             continue
-        low, high = int(within_n[mine[0]]), int(within_n[mine[-1]]) + 1
+        low, high = int(within_n[mine].min()), int(within_n[mine].max()) + 1
         rows_np = source.read_obsm(key, low, high)[within_n[mine] - low]
         position = {name: p for p, name in enumerate(source.obsm[key])}
         found = [(p, position[name]) for p, name in enumerate(names) if name in position]
         if found:
             to, of = map(list, zip(*found, strict=True))
             out_np[np.ix_(mine, to)] = rows_np[:, of]
-    return out_np
+    return np.nan_to_num(out_np, copy=False)
 
 
-def query_columns(model: Model, query: Query) -> QueryColumns:
-    """What the encoder has to know of the query's cells.
+def query_columns(model: Model, query: Query, *, whole: bool = False) -> QueryColumns:
+    """What the encoder has to know of the query's cells; with ``whole`` also what decoder and loss have to.
 
     Raises
     ------
     BatchError
-        If it sees batches, and the model knows one of the query's not.
+        If it sees batches (as a decoder always does), and the model knows one of the query's not.
     UsageError
         If a covariate's column is absent.
     BadValuesError
         If a covariate has a value that the model can't take.
     """
     position = {name: code for code, name in enumerate(model.batches)}
-    sees = getattr(model.module.config, "encode_covariates", True)
+    encoder_sees = getattr(model.module.config, "encode_covariates", True)
+    sees = whole or encoder_sees
     unknown = [name for name in query.batches if name not in position]
     if sees and unknown:
         some = ", ".join(unknown[:3]) + (", ..." if len(unknown) > 3 else "")
+        part = "encoder" if encoder_sees else "decoder"
         raise BatchError(
-            f"the model's encoder sees batches, and does not know {len(unknown)} of {len(query.batches)} "
+            f"the model's {part} sees batches, and does not know {len(unknown)} of {len(query.batches)} "
             f"({some})",
             where=query.name,
             fix="streamx surgery MODEL QUERY -o UPDATED adds them; or --batch-key with a column that names "
@@ -174,7 +178,23 @@ def query_columns(model: Model, query: Query) -> QueryColumns:
         for c, key in enumerate(schema.continuous):
             for low, high, column in _column(query, key):
                 continuous_nc[low:high, c] = continuous_values(column, key=key, where=query.name)
-    return QueryColumns(model, query, batch_b, category_nc, continuous_nc)
+    label_n = _labels(model, query) if whole and schema.labels else None
+    return QueryColumns(model, query, batch_b, category_nc, continuous_nc, label_n)
+
+
+def _labels(model: Model, query: Query) -> np.ndarray:
+    """Codes of the labels, int32; -1 where a cell, or its file, has none."""
+    schema, first = model.schema, 0
+    label_n = new_array(query.scratch / "labels", query.n_obs, np.int32)
+    label_n[:] = -1
+    for source in query.sources:
+        if schema.label_key in source.cells.columns:
+            for low, high in piece_rows(source):
+                column = source.cells.rows(low, high)[schema.label_key]
+                codes = label_codes(column, schema.labels, schema.unlabeled)
+                label_n[first + low : first + high] = codes
+        first += source.n_obs
+    return label_n
 
 
 def _column(query: Query, key: str) -> Iterator[tuple[int, int, pd.Series]]:

@@ -35,6 +35,7 @@ LN_DRAWS = 5000  # of a logistic-normal latent
 FEW_PROTEINS = 10  # up to here mixtures of a cell's proteins say nothing
 STRETCHES, STRETCH = 20, 32  # that a sample of a batch's proteins is taken from, and cells in each
 ADVERSARY_LR = 1e-3
+FEWEST = 3  # cells of a minibatch that is not full, in training: batch norm needs several
 
 
 def schema_of(view: Collection, config: TrainConfig) -> Schema:
@@ -208,7 +209,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
         view,
         config.minibatch_size,
         rows=parts["train"],
-        drop_last=True,
+        drop_last=_drops_last(_number(parts["train"], view.n_obs), config),
         seed=config.seed,
         rank=ranks.rank,
         world=ranks.world,
@@ -222,7 +223,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
             view,
             config.minibatch_size,
             rows=with_label,
-            drop_last=True,
+            drop_last=True,  # they go round: every one has its turn
             seed=config.seed + 1,
             rank=ranks.rank,
             world=ranks.world,
@@ -286,6 +287,20 @@ def _parts(n: int, rows: tuple[int, int] | None, config: TrainConfig) -> dict[st
         return {"train": rows, "validation": None}
     within = split(high - low, {"train": share, "validation": 1 - share}, seed=config.seed)
     return {name: np.pad(mask, (low, n - high)) for name, mask in within.items()}
+
+
+def _drops_last(n_cells: int, config: TrainConfig) -> bool:
+    """Whether an epoch leaves out what does not fill a minibatch.
+
+    It trains on it as scvi-tools does: of a small query it may be a third of the steps.
+    """
+    return n_cells % config.minibatch_size < FEWEST
+
+
+def _number(rows: Any, n: int) -> int:
+    """How many of n cells a selection of rows has."""
+    chosen = selection(rows, n)
+    return len(range(n)[chosen]) if isinstance(chosen, slice) else len(chosen)
 
 
 def _labelled(columns: Columns, train: Any, n: int) -> np.ndarray:
@@ -390,10 +405,10 @@ def latents(module: Any, view: Collection, columns: Columns, **options: Any) -> 
     return z_nk
 
 
-def latent_of(module: Any, cells: Cells) -> Tensor:
+def latent_of(module: Any, cells: Cells, n_draws: int = LN_DRAWS) -> Tensor:
     """The latents of a minibatch: means of q(z|x), (n, n_latent).
 
-    Of a logistic-normal latent the mean of its softmax, over 5,000 draws that are the same for every cell, so
+    Of a logistic-normal latent the mean of its softmax, over draws that are the same for every cell, so
     that a cell's latent does not depend on its neighbours (scvi-tools draws anew).
     """
     mean_nk, var_nk = module.encode(cells)[:2]
@@ -401,7 +416,7 @@ def latent_of(module: Any, cells: Cells) -> Tensor:
         return mean_nk
     generator = torch.Generator(mean_nk.device).manual_seed(0)
     sum_nk = torch.zeros_like(mean_nk)
-    for _ in range(LN_DRAWS):
+    for _ in range(n_draws):
         noise_k = torch.randn(mean_nk.shape[1], generator=generator, device=mean_nk.device)
         sum_nk += torch.softmax(torch.addcmul(mean_nk, var_nk.sqrt(), noise_k), -1)
-    return sum_nk / LN_DRAWS
+    return sum_nk / n_draws

@@ -1,0 +1,110 @@
+"""Differential expression on data: who is compared, raw statistics, and what is found on known changes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from arches_data import N_GENES, cells
+from test_models import trained
+
+from streamx.arches.data import open_data
+from streamx.arches.differential import group_sums
+from streamx.errors import UsageError
+
+FEW: dict[str, Any] = {"n_samples": 60}
+
+
+@pytest.mark.parametrize("kind", ["scvi", "totalvi"])
+def test_raw_statistics_by_hand(kind: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr("streamx.query.BLOCK_ROWS", 13)
+    model, adata = trained(kind), cells()
+    rng = np.random.default_rng(0)
+    groups = [rng.permutation(120)[:40], np.array([7]), rng.permutation(120)[:100]]
+    with open_data(model.state.model, adata, model.state.keys) as found:
+        sums = group_sums(model.state.model, found, groups)
+    x_ng = adata.X.toarray().astype(np.float64)
+    scaled_ng = 1e4 * x_ng / x_ng.sum(1, keepdims=True)
+    y_np = adata.obsm["adt"].to_numpy()
+    for rows, got in zip(groups, sums, strict=True):
+        assert got.n_cells == len(rows)
+        np.testing.assert_allclose(got.sum_g[:N_GENES], x_ng[rows].sum(0))
+        np.testing.assert_allclose(got.nonzero_g[:N_GENES], (x_ng[rows] > 0).sum(0))
+        np.testing.assert_allclose(got.normalized_g[:N_GENES], scaled_ng[rows].sum(0))
+        if kind == "totalvi":
+            np.testing.assert_allclose(got.sum_g[N_GENES:], y_np[rows].sum(0))
+            np.testing.assert_allclose(got.nonzero_g[N_GENES:], (y_np[rows] > 0).sum(0))
+            assert np.isnan(got.normalized_g[N_GENES:]).all()
+
+
+def test_groups_by_a_column() -> None:
+    model = trained("scvi")
+    table = model.differential_expression(groupby="type", **FEW)
+    assert list(table["comparison"].unique()) == ["B vs Rest", "Mono vs Rest", "NK vs Rest", "T vs Rest"]
+    assert (table.groupby("group1", observed=True).size() == N_GENES).all()
+    adata = cells()
+    is_b = (adata.obs["type"] == "B").to_numpy()
+    of_b = table[table["group1"] == "B"].loc[list(adata.var_names)]
+    np.testing.assert_allclose(of_b["raw_mean1"], np.asarray(adata.X[is_b].mean(0)).ravel(), rtol=1e-6)
+    np.testing.assert_allclose(of_b["raw_mean2"], np.asarray(adata.X[~is_b].mean(0)).ravel(), rtol=1e-6)
+    pair = model.differential_expression(groupby="type", group1=["T", "B"], group2="NK", **FEW)
+    assert list(pair["comparison"].unique()) == ["T vs NK", "B vs NK"]
+    assert pair.loc[pair["group1"] == "T", "proba_de"].is_monotonic_decreasing
+
+
+def test_groups_by_rows() -> None:
+    model, obs = trained("scvi"), cells().obs
+    mask = (obs["study"] == "a").to_numpy()
+    tables = [
+        model.differential_expression(idx1=idx1, idx2=idx2, mode="vanilla", all_stats=False, **FEW)
+        for idx1, idx2 in (
+            (mask, None),
+            (np.flatnonzero(mask), ~mask),
+            ("study == 'a'", "study == 'b' and age > -100"),
+        )
+    ]
+    for table in tables[1:]:
+        pd.testing.assert_frame_equal(table, tables[0])
+    assert "raw_mean1" not in tables[0]
+    assert tables[0]["bayes_factor"].is_monotonic_decreasing
+    corrected = model.differential_expression(idx1=mask, batch_correction=True, **FEW)
+    same = model.differential_expression(
+        idx1=mask, batch_correction=True, batchid1=["a"], batchid2=["b"], **FEW
+    )
+    pd.testing.assert_frame_equal(corrected, same)
+    other = model.differential_expression(
+        idx1=mask, batch_correction=True, batchid1=["b"], batchid2=["b"], **FEW
+    )
+    assert not np.allclose(other["scale1"].loc[corrected.index], corrected["scale1"])
+
+
+def test_settings_of_scvi_tools() -> None:
+    model = trained("totalvi")
+    table = model.differential_expression(
+        groupby="study", group1="a", pseudocounts=1e-5, cred_interval_lvls=[0.5], fdr_target=0.1, **FEW
+    )
+    assert len(table) == N_GENES + 5
+    wanted = {"lfc_confidence_interval_0.5_min", "is_de_fdr_0.1", "pseudocounts", "proba_de"}
+    assert wanted < set(table.columns)
+    assert (table["pseudocounts"] == 1e-5).all()
+    some = model.differential_expression(
+        groupby="study", group1="a", pseudocounts=None, all_stats=False, **FEW
+    )
+    assert "raw_mean1" not in some
+    assert (some["pseudocounts"] > 0).all()
+
+
+def test_what_is_wrong() -> None:
+    model = trained("scvi")
+    for settings, match in (
+        ({}, "no groups"),
+        ({"groupby": "type", "group1": "X"}, "no cell has type 'X'"),
+        ({"groupby": "absent"}, "absent"),
+        ({"idx1": [1], "mode": "other"}, "mode"),
+        ({"idx1": []}, "group of no cells"),
+        ({"idx1": [1], "n_sample": 3}, "unknown setting"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            model.differential_expression(**settings)
