@@ -49,9 +49,10 @@ LOSS = {"scvi": "loss", "scanvi": "loss", "totalvi": "reconstruction"}
 
 def prepare(name: str, folder: Path) -> None:
     """``view``, and ``cells.h5ad``: the same cells and genes, for the package that works in memory."""
-    import streamx as sx
     from sets import SETS as FILES
     from sets import data_dir, write_inputs
+
+    import streamx as sx
 
     if (folder / "cells.h5ad").exists():
         return
