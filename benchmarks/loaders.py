@@ -186,7 +186,7 @@ def decode_only(store: Collection) -> Make:
                 number_k, frames[0].frame_k3, frames[1].frame_k3, np.zeros(0, np.uint8), decode.READ_AHEAD,
                 columns.chunk, columns.coding, values.coding, True, none, none, none,
                 np.empty(columns.chunk, columns.dtype), np.empty(values.chunk, values.dtype),
-                np.zeros(0, np.int32), np.zeros(0, np.float32),
+                np.zeros(0, np.int32), np.zeros(0, np.float32), (False, False),
             )  # fmt: skip
             assert answer == 0
             yield np.empty((len(offsets) - 1, 0))

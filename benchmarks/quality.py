@@ -1,10 +1,12 @@
-"""Quality of streamx's SCALEX beside SCALEX 1.0.4 and PCA: same cells, genes, split and scoring.
+"""Quality of streamx's models beside the packages that they come from, and PCA: same cells, split, scoring.
 
     python benchmarks/quality.py                                  # everything: hours on two cores
     python benchmarks/quality.py --sets symphony_map --seeds 0    # one set, one seed
+    python benchmarks/quality.py --methods scVI "streamx scVI"    # one model
 
 Every run is printed as one JSON line on stdout and appended to ``results/quality.jsonl``; a table and the
-pass criteria follow. SCALEX needs the extra ``peer`` (or ``--peer-python`` of an environment that has it).
+pass criteria follow. SCALEX, scVI and scANVI (scvi-tools) need the extra ``peer``, or ``--peer-python`` of
+an environment that has it; trVAE needs scArches there (``peers/trvae_peer.py``). Count models: ``arches.py``.
 A row that was computed before with the same data, settings and versions is not computed again, and says
 ``cached``; for streamx "version" means the source files that compute latents. Every run is a process of its
 own with one thread.
@@ -23,6 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "peers")]
 
+import arches  # noqa: E402
 import numpy as np  # noqa: E402
 from clock import clock, pin_threads, since  # noqa: E402
 from provenance import commit, machine  # noqa: E402
@@ -30,12 +33,13 @@ from report import criteria, table  # noqa: E402
 from sets import SETS, BenchSet, checksum, data_dir, write_inputs  # noqa: E402
 
 RESULTS = HERE / "results" / "quality.jsonl"
-METHODS = ("PCA", "SCALEX", "streamx")
+METHODS = ("PCA", "SCALEX", "streamx", *arches.METHODS)
 SCALEX_VERSION = "1.0.4"
 ITERATIONS = 30_000  # SCALEX's own default, and streamx's
 # Parts of streamx that no latent passes through.
 BYSTANDERS = ("cli", "demo", "errors.py", "figures.py", "integrate", "interop", "labels.py", "mapping.py")
-BYSTANDERS += ("metrics", "neighbors", "plots", "store", "threads.py", "transfer.py")
+BYSTANDERS += ("metrics", "neighbors", "plots", "posterior", "simulate", "store", "threads.py", "transfer.py")
+BYSTANDERS += ("verify.py",)
 
 
 def source_crc() -> str:
@@ -48,7 +52,7 @@ def source_crc() -> str:
 
 
 def key_of(bench: BenchSet, method: str, seed: int, iterations: int | None, data: str) -> dict[str, Any]:
-    """What a result depends on, but for the versions of a peer's packages."""
+    """What a result of SCALEX, ours or theirs, or of PCA depends on, but for the versions of packages."""
     key: dict[str, Any] = {
         "set": bench.name,
         "method": method,
@@ -77,7 +81,7 @@ def run_apart(command: list[str], paths: dict[str, Path], key: dict[str, Any], o
     done = out / "run.json"
     if not done.exists():
         command = [*command, "--reference", str(paths["reference"]), "--out", str(out)]
-        command += [f"--seed={key['seed']}", f"--max-iteration={key['max_iteration']}"]
+        command.append(f"--seed={key['seed']}")
         for name, path in paths.items():
             if name != "reference":
                 command += ["--query", f"{name}={path}"]
@@ -96,7 +100,7 @@ def run_scalex(
 ) -> dict[str, Any]:
     """SCALEX in the peer's environment, of the one version that the comparison is with."""
     command = [args.peer_python, "-W", "ignore", str(HERE / "peers" / "scalex_peer.py")]
-    ran = run_apart(command, paths, key, out)
+    ran = run_apart([*command, f"--max-iteration={key['max_iteration']}"], paths, key, out)
     if ran["versions"]["scalex"] != SCALEX_VERSION:
         raise SystemExit(f"scalex {ran['versions']['scalex']} is installed, not {SCALEX_VERSION}")
     return ran
@@ -112,7 +116,23 @@ def run_ours(
 ) -> dict[str, Any]:
     """streamx; models that are there already are used."""
     command = [sys.executable, "-W", "ignore", str(HERE / "ours.py")]
+    command.append(f"--max-iteration={key['max_iteration']}")
     return run_apart([*command, "--models", str(models_of(bench, args))], paths, key, out)
+
+
+def run_counts(
+    bench: BenchSet, paths: dict[str, Path], key: dict[str, Any], out: Path, args: argparse.Namespace
+) -> dict[str, Any]:
+    """A count model, ours or a peer's of the one version that the comparison is with."""
+    asked = arches.arguments(key, args.work / "data" / bench.name / arches.GENES)
+    if "source_crc" in key:
+        command = [sys.executable, "-W", "ignore", str(HERE / "ours_counts.py")]
+        return run_apart([*command, *asked, "--models", str(models_of(bench, args))], paths, key, out)
+    command = [args.peer_python, "-W", "ignore", str(HERE / "peers" / arches.script(key["method"]))]
+    models = args.work / "models" / "peers" / bench.name
+    ran = run_apart([*command, *asked, "--models", str(models)], paths, key, out)
+    arches.check_versions(ran["versions"])
+    return ran
 
 
 def read_latents(out: Path, names: list[str]) -> dict[str, np.ndarray]:
@@ -146,19 +166,24 @@ def run(
     from scoring import score
 
     data = checksum([data_dir() / file for file in bench.files])
-    key = key_of(bench, method, seed, iterations, data)
+    paths = write_inputs(bench, args.work / "data" / bench.name)
+    if method in arches.METHODS:
+        genes = arches.genes_of(paths["reference"], args.work / "data" / bench.name)
+        key = arches.key_of(bench, method, seed, data, genes, source_crc())
+    else:
+        key = key_of(bench, method, seed, iterations, data)
     cached = None if args.fresh else find_cached(key)
     if cached:
         return cached | {"cached": True}
-    paths = write_inputs(bench, args.work / "data" / bench.name)
-    out = args.work / method / f"{bench.name}-s{seed}-i{iterations}"
+    length = f"i{iterations}" if "epochs" not in key else "e" + "-".join(map(str, key["epochs"]))
+    out = args.work / method / f"{bench.name}-s{seed}-{length}"
+    if "source_crc" in key:
+        out = out.with_name(f"{out.name}-{key['source_crc']}")
     if method == "PCA":
         ran = run_pca(paths, out)
-    elif method == "SCALEX":
-        ran = run_scalex(paths, key, out, args)
     else:
-        ran = run_ours(bench, paths, key, out.with_name(f"{out.name}-{key['source_crc']}"), args)
-        out = out.with_name(f"{out.name}-{key['source_crc']}")
+        runner = {"SCALEX": run_scalex, "streamx": run_ours}.get(method, run_counts)
+        ran = runner(bench, paths, key, out, args)
     cells = read_latents(out, list(paths))
     names = "\n".join(
         sorted(f"{b} {n.removeprefix(b + ':')}" for b, n in zip(cells["batch"], cells["cell"], strict=True))
@@ -172,6 +197,15 @@ def run(
         "scores": score(cells["latent"], cells["batch"], cells["cell_type"], bench.queries),
         "cached": False,
     }
+
+
+def methods_of(bench: BenchSet) -> tuple[str, ...]:
+    """Count models map by surgery; the two that SCALEX is not compared on are for them alone."""
+    return tuple(
+        method
+        for method in METHODS
+        if (bench.epochs if method in arches.METHODS else method == "PCA" or bench.scalex)
+    )
 
 
 def keep(row: dict[str, Any]) -> None:
@@ -200,6 +234,8 @@ def main() -> int:
     rows = []
     for name in args.sets:
         for method in args.methods:
+            if method not in methods_of(SETS[name]):
+                continue
             for seed in args.seeds if method != "PCA" else [0]:
                 row = run(SETS[name], method, seed, None if method == "PCA" else args.max_iteration, args)
                 rows.append(row)
@@ -207,7 +243,7 @@ def main() -> int:
                     keep(row)
                 print(json.dumps(row), flush=True)
     print("\n" + table(rows))
-    lines, passed = criteria(rows)
+    lines, passed = criteria(rows, {"streamx": "SCALEX"} | arches.PEERS)
     print("\n" + "\n".join(lines))
     return 0 if passed else 1
 

@@ -17,6 +17,7 @@ import anndata as ad
 import numpy as np
 
 UNLABELED = ("unknown", "undefined", "unmatched", "", "Unknown")
+UNKNOWN = "unknown"  # what they are called in the inputs
 PBMC_REFERENCE = ("pbmc3k", "zheng_facs", "frozen_donorA", "kang_ctrl")
 PBMC_QUERIES = ("pbmc4k", "kang_stim")
 
@@ -26,7 +27,9 @@ class BenchSet:
     """One data set and split.
 
     ``mode`` "map": trained on the reference, queries added afterwards. "int": trained on every batch;
-    the queries are then only the batches whose labels are hidden and predicted.
+    the queries are then only the batches whose labels are hidden and predicted. ``epochs`` of count models:
+    of scVI and trVAE on the reference, of scANVI on top of that scVI, of surgery; None: they don't run on it.
+    ``scalex``: whether SCALEX does.
     """
 
     name: str
@@ -36,6 +39,8 @@ class BenchSet:
     reference: tuple[str, ...]
     queries: tuple[str, ...]
     label_key: str = "cell_type"
+    epochs: tuple[int, int, int] | None = None
+    scalex: bool = True
 
 
 SETS = {
@@ -46,9 +51,26 @@ SETS = {
         "study",
         PBMC_REFERENCE,
         PBMC_QUERIES,
+        epochs=(60, 12, 50),
     ),
     "symphony_map": BenchSet(
-        "symphony_map", "map", ("symphony_pbmc_1200.h5ad",), "batch", ("3pv1", "3pv2"), ("5p",)
+        "symphony_map",
+        "map",
+        ("symphony_pbmc_1200.h5ad",),
+        "batch",
+        ("3pv1", "3pv2"),
+        ("5p",),
+        epochs=(150, 20, 100),
+    ),
+    "kang_map": BenchSet(
+        "kang_map",
+        "map",
+        ("kang_muscat_4samples.h5ad",),
+        "batch",
+        ("ctrl101", "ctrl107"),
+        ("stim101", "stim107"),
+        epochs=(150, 20, 100),
+        scalex=False,
     ),
     "pbmc_int": BenchSet(
         "pbmc_int",
@@ -98,7 +120,7 @@ def by_batch(bench: BenchSet) -> dict[str, ad.AnnData]:
             found[name] = ad.AnnData(part.X, var=part.var[[]].copy())
             found[name].obs_names = names
             found[name].obs["batch"] = name
-            found[name].obs["cell_type"] = labels
+            found[name].obs["cell_type"] = np.where(np.isin(labels, UNLABELED), UNKNOWN, labels)
     return found
 
 

@@ -84,7 +84,7 @@ class Cells:
             if name in column_names(obs):
                 parts.append(read_column(obs, name).astype("object"))
             else:
-                parts.append(pd.Series([None] * len(obs[str(obs.attrs["_index"])]), dtype=object))
+                parts.append(pd.Series([None] * obs[str(obs.attrs["_index"])].shape[0], dtype=object))
         return pd.concat(parts, ignore_index=True).rename(name)
 
     @property

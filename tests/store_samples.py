@@ -99,11 +99,11 @@ def read_values(chunks: Chunks, low: int, high: int) -> np.ndarray:
     given = np.empty(end, np.uint8)
     chunks.location.read_ranges(ranges, given)
     results = []
-    for frame_k3 in (frames.frame_k3, given_k3):
+    for frame_k3, straight in ((frames.frame_k3, (True, True)), (given_k3, (False, False))):
         scratch, out = np.empty(chunks.chunk, chunks.dtype), np.empty(high - low, chunks.dtype)
         answer = decode.place_chunks(
             number_k, frame_k3, frame_k3, given, 1 << 18, chunks.chunk, chunks.coding, chunks.coding, True,
-            start, stop, at, scratch, scratch.copy(), np.empty_like(out), out,
+            start, stop, at, scratch, scratch.copy(), np.empty_like(out), out, straight,
         )  # fmt: skip
         if answer:
             raise chunks.damaged(0, decode.WHAT[answer % decode.N_ERRORS])

@@ -291,7 +291,9 @@ def query_cells(state: State, model: Model) -> Collection:
         query, config = open_files(model, state.data, state.keys, Path(scratch), state.memory)
         try:
             blocks = read_blocks(query, model, config, parse_bytes(state.memory))
-            state.cells = lay_query(model, query, query.batches, blocks, path, options, new_labels="refuse")
+            state.cells = lay_query(
+                model, query, query.batches, blocks, path, options, new_labels="refuse", mask_missing=False
+            )
         finally:
             query.close()
     return state.cells

@@ -13,7 +13,6 @@ import numpy as np
 from scipy import sparse
 
 from streamx.loader.transform import ToDevice, Transform, inverse_of, ready, tensor, transformed
-from streamx.store.layout import index_dtype
 from streamx.store.matrix import Allocate
 
 OUTPUTS = ("dense", "scipy", "csr", "compact")
@@ -88,10 +87,14 @@ class Minibatch:
 
 @dataclass(frozen=True)
 class Block:
-    """A fetch in the order of delivery, as it is stored.
+    """A fetch.
 
     Attributes
     ----------
+    indptr, indices, data
+        Of the rows as they are stored; without an `order`, in that of delivery.
+    order
+        int64: which of these rows each one delivered is; all that follows is in the order of delivery.
     cuts
         Minibatch i holds the rows ``cuts[i]:cuts[i + 1]``.
     """
@@ -99,6 +102,7 @@ class Block:
     indptr: np.ndarray
     indices: np.ndarray
     data: np.ndarray
+    order: np.ndarray | None
     batch_n: np.ndarray
     row_n: np.ndarray
     total_n: np.ndarray | None
@@ -115,9 +119,16 @@ class Block:
             low = high
 
 
-def read_dtypes(output: str, n_genes: int) -> tuple[Any, Any]:
-    """Of indices and data as a fetch reads them: as they are delivered, or as they are stored."""
-    return (np.int32, np.float32) if output in ("scipy", "csr") else (index_dtype(n_genes), "stored")
+def makes_there(output: str, device: Any) -> bool:
+    """Whether rows travel as they are stored, to become dense ones on the device."""
+    return device is not None and output == "dense" and str(device).split(":")[0] != "cpu"
+
+
+def made_dtypes(output: str, device: Any, stored: tuple[Any, Any]) -> tuple[Any, Any]:
+    """Of indices and data of the rows that minibatches are made of."""
+    if output == "compact" or makes_there(output, device):
+        return stored
+    return (stored[0] if output == "dense" else np.int32), np.float32
 
 
 class Delivery:
@@ -131,8 +142,8 @@ class Delivery:
         stored, without transform.
     scale_bg
         What the transform divides by.
-    allocate
-        (values, dtype) -> an array for what is made.
+    allocate_values, allocate_dense
+        (values, dtype) -> an array for what is made: transformed values, and dense minibatches.
     """
 
     def __init__(
@@ -142,67 +153,74 @@ class Delivery:
         transform: Transform,
         scale_bg: np.ndarray | None,
         device: Any,
-        allocate: Allocate,
+        allocate_values: Allocate,
+        allocate_dense: Allocate,
     ) -> None:
         self.output, self.n_genes, self.transform, self.device = output, n_genes, transform, device
-        self.allocate = allocate
+        self.allocate_values, self.allocate_dense = allocate_values, allocate_dense
         self.inverse_bg = None if scale_bg is None or transform.scale is None else inverse_of(scale_bg)
         self._to_device = None
-        if device is not None and output == "dense" and str(device).split(":")[0] != "cpu":
+        if makes_there(output, device):
             self._to_device = ToDevice(device, n_genes, transform, self.inverse_bg)
         self._templates: dict[int, sparse.csr_matrix] = {}
-
-    def finish(self, block: Block) -> Block:
-        """Transform a fetch that was read as it is delivered, in place."""
-        if self.output in ("scipy", "csr"):
-            transformed(
-                block.indptr, block.indices, block.data, self.transform, block.total_n, block.batch_n,
-                self.inverse_bg, block.data,
-            )  # fmt: skip
-        return block
 
     def make(self, block: Block, low: int, high: int) -> tuple[list[Minibatch], Callable[[], None] | None]:
         """Minibatches low..high of a block, and what to call before they are used."""
         cuts = block.cuts[low : high + 1]
         start, stop = int(cuts[0]), int(cuts[-1])
-        indptr = block.indptr[start : stop + 1]
         columns: dict[str, Any] = {"batch": block.batch_n[start:stop], "row": block.row_n[start:stop]}
         if block.total_n is not None:
             columns["total"] = block.total_n[start:stop]
         columns |= {f"obsm/{name}": values[start:stop] for name, values in block.obsm.items()}
+        rows = self._taken(block, start, stop)
         arrive = None
         slice_of: Callable[[int, int], Any]
         if self._to_device is not None:
-            first, last = int(indptr[0]), int(indptr[-1])
-            x_ng, columns, event = self._to_device(
-                indptr - first, block.indices[first:last], block.data[first:last], columns
-            )
+            x_ng, columns, event = self._to_device(*rows, columns)
             slice_of = lambda a, b: x_ng[a:b]  # noqa: E731
             arrive = partial(ready, event, [x_ng, *columns.values()])
         else:
-            slice_of = self._made(block, indptr, columns)
+            slice_of = self._made(*rows, columns)
         if self.device is not None and self._to_device is None:
             columns = {name: tensor(values, self.device) for name, values in columns.items()}
         return list(_sliced(slice_of, columns, (cuts - start).tolist())), arrive
 
-    def _made(self, block: Block, indptr: np.ndarray, columns: dict[str, Any]) -> Callable[[int, int], Any]:
+    def _taken(self, block: Block, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Rows start..stop in the order of delivery."""
+        from streamx.loader.kernels import take_rows
+
+        if block.order is None:
+            low, high = block.indptr[[start, stop]]
+            return block.indptr[start : stop + 1] - low, block.indices[low:high], block.data[low:high]
+        row_n = block.order[start:stop]
+        indptr = np.zeros(len(row_n) + 1, np.int64)
+        np.cumsum(block.indptr[row_n + 1] - block.indptr[row_n], out=indptr[1:])
+        dtypes = made_dtypes(self.output, self.device, (block.indices.dtype, block.data.dtype))
+        indices, data = (self.allocate_values(int(indptr[-1]), dtype) for dtype in dtypes)
+        take_rows(block.indptr, block.indices, block.data, row_n, indptr, indices, data)
+        return indptr, indices, data
+
+    def _made(
+        self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray, columns: dict[str, Any]
+    ) -> Callable[[int, int], Any]:
         """(first row, last row) -> x_ng of a minibatch."""
+        if self.output != "compact":
+            made = data if data.dtype == np.float32 else self.allocate_values(len(data), np.float32)
+            transformed(
+                indptr, indices, data, self.transform, columns.get("total"), columns["batch"],
+                self.inverse_bg, made,
+            )  # fmt: skip
+            data = made
         if self.output != "dense":
             rows = self._scipy if self.output == "scipy" else self._rows
-            return lambda a, b: rows(indptr[a : b + 1], block.indices, block.data)
-        low, high = int(indptr[0]), int(indptr[-1])
-        data = self.allocate(high - low, np.float32)
-        transformed(
-            indptr, block.indices, block.data, self.transform, columns.get("total"), columns["batch"],
-            self.inverse_bg, data,
-        )  # fmt: skip
+            return lambda a, b: rows(indptr[a : b + 1], indices, data)
         from streamx.loader.kernels import densify
 
         n = len(indptr) - 1
-        x_ng = self.allocate(n * self.n_genes, np.float32).reshape(n, self.n_genes)
-        densify(indptr - low, block.indices[low:high], data, x_ng)
-        made = x_ng if self.device is None else tensor(x_ng, self.device)
-        return lambda a, b: made[a:b]
+        x_ng = self.allocate_dense(n * self.n_genes, np.float32).reshape(n, self.n_genes)
+        densify(indptr, indices, data, x_ng)
+        dense = x_ng if self.device is None else tensor(x_ng, self.device)
+        return lambda a, b: dense[a:b]
 
     def _rows(self, indptr: np.ndarray, indices: np.ndarray, data: np.ndarray) -> Csr:
         values = slice(int(indptr[0]), int(indptr[-1]))

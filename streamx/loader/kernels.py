@@ -107,5 +107,11 @@ def take_rows(indptr, indices, data, row_n, ends, out_indices, out_data):
     """Rows, any number of times each, one after the other; `ends` is the indptr of the result."""
     for k in range(len(row_n)):
         low, high = indptr[row_n[k]], indptr[row_n[k] + 1]
-        out_indices[ends[k] : ends[k + 1]] = indices[low:high]
-        out_data[ends[k] : ends[k + 1]] = data[low:high]
+        _copy(indices[low:high], out_indices[ends[k] : ends[k + 1]])
+        _copy(data[low:high], out_data[ends[k] : ends[k + 1]])
+
+
+@compiled
+def _copy(values, out):
+    for j in range(out.size):
+        out[j] = values[j]

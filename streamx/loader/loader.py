@@ -14,16 +14,21 @@ import numpy as np
 
 from streamx.config import parse_bytes
 from streamx.errors import ResourceError, UsageError
-from streamx.loader.deliver import OUTPUTS, Block, Delivery, Minibatch, read_dtypes
+from streamx.loader.column import Column, codes_of
+from streamx.loader.deliver import OUTPUTS, Block, Delivery, Minibatch, made_dtypes
 from streamx.loader.plan import BLOCK_ROWS, BLOCKS_PER_FETCH, Plan, make_plan
 from streamx.loader.prefetch import Pool, prefetched
 from streamx.loader.rows import Rows, selection, to_read
 from streamx.loader.transform import Transform
+from streamx.memory import steady_memory
 from streamx.store.collection import Collection, open_collection
+from streamx.store.kept import NBYTES_OF_LOADER
+from streamx.store.layout import index_dtype
 
 TOTAL = "_streamx_total"
 # of minibatches that are made at once: they stay in the processor's cache; on a GPU few large calls count
 GROUP_BYTES, GROUP_BYTES_ON_DEVICE = 4_000_000, 64_000_000
+CACHED_BYTES = 32_000_000  # of a fetch that a cache may hold
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,7 @@ class Loader:
     ) -> None:
         if output not in OUTPUTS:
             raise UsageError(f"output {output!r}", fix=f"one of {', '.join(OUTPUTS)}")
+        steady_memory()
         self.view = view if isinstance(view, Collection) else open_collection(view)
         self.order, self.shares, self.drop_last = order, shares, drop_last
         self.minibatch_size, self.seed, self.epoch, self.start = minibatch_size, seed, epoch, 0
@@ -140,14 +146,17 @@ class Loader:
         self.transform = Transform.of(declared)
         scale_bg = self.view.scale_bg if self.transform.scale else None
         chosen = selection(rows, self.view.n_obs)
-        self._strata_n = None if stratify is None else _codes(self.view, stratify)
+        named = stratify if stratify != self.view.batch_key else None  # else plans share out the batches
+        self._strata_n = None if named is None else codes_of(self.view, named)
         self._rows = Rows(self.view.batch_runs, chosen, self._weights(weights, chosen), n_samples, seed)
         self._total_n = self._totals()
         self.budget = self._plan_memory(parse_bytes(memory))
         self._pool = Pool(2 * (self.budget.fetches + max(1, threads)))
-        made = Pool(3 * self.budget.groups + 2)
-        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device, made)
+        made = [Pool(n * (self.budget.groups + 2)) for n in (2, 1)]  # indices and data; dense rows
+        self._delivery = Delivery(output, self.view.n_vars, self.transform, scale_bg, device, *made)
         self._cursor = (epoch, 0)
+        if order != "sequential":
+            self.view.keep(NBYTES_OF_LOADER)
 
     def plan(self, epoch: int | None = None) -> Plan:
         """The order of an epoch (default: the next one), in positions among the selected rows.
@@ -237,38 +246,27 @@ class Loader:
         ranges, keep = to_read(rows, fetch.ranges) if len(position_n) else ([], None)
         order = fetch.order if keep is None else keep[fetch.order]
         row_n = position_n + rows.start if isinstance(rows, slice) else rows[position_n]
-        indptr, indices, data = self._gather(ranges, order)
+        wanted, position = None, order
+        if self._scattered:
+            wanted, position = order, None
+        elif keep is not None:  # what lies between them is left out, and what comes twice is read once
+            wanted, position = np.unique(order, return_inverse=True)
+        indptr, indices, data = self.view.gather(ranges, wanted, *self._read_dtypes, self._pool)
         bounds, code_r = self.view.batch_runs
-        block = Block(
+        return Block(
             indptr,
             indices,
             data,
+            position,
             batch_n=code_r[np.searchsorted(bounds, row_n, side="right") - 1].astype(np.int64),
             row_n=row_n,
             total_n=None if self._total_n is None else self._total_n[row_n],
             obsm={name: self._read_obsm(name, ranges)[order] for name in self.view.modalities},
             cuts=fetch.cuts,
         )
-        return self._delivery.finish(block)
 
     def _read_obsm(self, name: str, ranges: list[tuple[int, int]]) -> np.ndarray:
         return np.concatenate([self.view.read_obsm(name, low, high) for low, high in [(0, 0), *ranges]])
-
-    def _gather(
-        self, ranges: list[tuple[int, int]], order: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows in the delivery's dtypes; with replacement, each is read once."""
-        dtypes = read_dtypes(self.output, self.view.n_vars)
-        if not self._rows.repeats:
-            return self.view.gather(ranges, order, *dtypes, self._pool)
-        from streamx.loader.kernels import take_rows
-
-        once, times = np.unique(order, return_inverse=True)
-        indptr, indices, data = self.view.gather(ranges, once, *dtypes, self._pool)
-        ends = np.concatenate([[0], np.cumsum(np.diff(indptr)[times])])
-        taken = self._pool(int(ends[-1]), indices.dtype), self._pool(int(ends[-1]), data.dtype)
-        take_rows(indptr, indices, data, times, ends, *taken)
-        return ends, *taken
 
     # -- settings --------------------------------------------------------------------------------------
 
@@ -301,7 +299,7 @@ class Loader:
             if weights != "balanced":
                 raise UsageError(f"weights {weights!r}", fix="'balanced', or one number per cell")
             code_n = self._strata_n if self._strata_n is not None else self.view.batch_codes
-            code_n = code_n[chosen]
+            code_n = np.asarray(code_n[chosen], np.int64)
             size = np.bincount(code_n[code_n >= 0])
             return np.where(code_n >= 0, 1 / np.maximum(size, 1)[np.maximum(code_n, 0)], 0.0)
         weight_n = np.asarray(weights, dtype=np.float64)
@@ -312,9 +310,9 @@ class Loader:
             )
         return weight_n[chosen]
 
-    def _totals(self) -> np.ndarray | None:
+    def _totals(self) -> Column | None:
         if TOTAL in self.view.obs_columns:
-            return self.view.obs_column(TOTAL).to_numpy(np.float32)
+            return Column(self.view.n_obs, np.float32, partial(_totals_of, self.view))
         if self.transform.target_sum is not None:
             raise UsageError(
                 f"the transform scales cells to a total, but there is no obs column {TOTAL!r}",
@@ -324,15 +322,41 @@ class Loader:
         return None
 
     @property
+    def _stored(self) -> tuple[np.dtype, np.dtype]:
+        """Dtypes of indices and data in the store."""
+        return np.dtype(index_dtype(self.view.n_vars)), self.view.value_dtype
+
+    @property
+    def _scattered(self) -> bool:
+        """Whether rows are put in the order of delivery as soon as they are decoded.
+
+        Where a cache holds a fetch as it is stored, sparse rows are taken from there instead: reading here
+        and there is cheaper than writing.
+        """
+        if self._rows.repeats:
+            return False
+        if self.output == "dense" or self.order == "sequential":
+            return True
+        return self.block_rows * self.blocks_per_fetch * self._nnz * _itemsize(self._stored) > CACHED_BYTES
+
+    @property
+    def _read_dtypes(self) -> tuple[Any, Any]:
+        straight = self._scattered and self.output != "dense"
+        return made_dtypes(self.output, self.device, self._stored) if straight else self._stored
+
+    @property
+    def _nnz(self) -> int:
+        """Values of a row, on average."""
+        return -(-self.view.nnz // max(self.view.n_obs, 1))
+
+    @property
     def _per_row(self) -> tuple[int, int]:
         """Bytes of a row as it is read, and as it is made from that; on average."""
-        view = self.view
-        nnz = -(-view.nnz // max(view.n_obs, 1))
-        width = 4 * sum(len(m["names"]) for m in view.modalities.values()) + 28
-        genes, values = read_dtypes(self.output, view.n_vars)
-        values = view.value_dtype if values == "stored" else values
-        read = nnz * (np.dtype(genes).itemsize + np.dtype(values).itemsize)
-        return read + width, (4 * view.n_vars if self.output == "dense" else 0) + width
+        width = 4 * sum(len(m["names"]) for m in self.view.modalities.values()) + 28
+        read, made = self._read_dtypes, made_dtypes(self.output, self.device, self._stored)
+        values = 0 if self._scattered and read == made else self._nnz * _itemsize(made)
+        dense = 4 * self.view.n_vars if self.output == "dense" else 0
+        return self._nnz * _itemsize(read) + 16 + width, values + dense + width
 
     @property
     def _group_rows(self) -> int:
@@ -374,7 +398,9 @@ class Loader:
         return budget
 
 
-def _codes(view: Collection, name: str) -> np.ndarray:
-    """Codes of an obs column's values, int (n_obs,); -1 where there is none."""
-    codes = view.obs_column(name).astype("category").cat.codes
-    return np.asarray(codes)
+def _totals_of(view: Collection, start: int, stop: int) -> np.ndarray:
+    return view.obs_column(TOTAL, start, stop).to_numpy(np.float32)
+
+
+def _itemsize(dtypes: tuple[Any, Any]) -> int:
+    return sum(np.dtype(dtype).itemsize for dtype in dtypes)

@@ -17,6 +17,7 @@ second, and an epoch is entered anywhere as quickly as at its beginning.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -174,7 +175,8 @@ class Plan:
     start, rank, world
         This plan delivers every ``world``-th minibatch of the epoch, from number ``start + rank`` on.
     strata_n
-        For ``stratified``: a code per row to share out instead of the batch; None: the batch.
+        For ``stratified``: a code per row to share out instead of the batch, an array or what gives those of
+        a slice; None: the batch.
     nbytes
         Memory that a loader needs to carry it out, where one made it.
     """
@@ -190,7 +192,7 @@ class Plan:
     start: int = 0
     rank: int = 0
     world: int = 1
-    strata_n: np.ndarray | None = field(default=None, repr=False)
+    strata_n: Any = field(default=None, repr=False)
     nbytes: int = 0
     batches: _Batches | None = field(default=None, repr=False)
 
@@ -314,7 +316,7 @@ def make_plan(
     world: int = 1,
     drop_last: bool = False,
     shares: str = "proportional",
-    strata_n: np.ndarray | None = None,
+    strata_n: Any = None,
     block_rows: int = BLOCK_ROWS,
     blocks_per_fetch: int = BLOCKS_PER_FETCH,
 ) -> Plan:
@@ -336,7 +338,8 @@ def make_plan(
     shares
         For ``stratified``: ``proportional`` to the batches' sizes, or ``equal`` for as long as a batch lasts.
     strata_n
-        For ``stratified``: a code per row (n_rows,) that minibatches hold in shares, instead of the batch.
+        For ``stratified``: a code per row (n_rows,) that minibatches hold in shares, instead of the batch; an
+        array, or anything that gives the codes of a slice.
 
     Raises
     ------

@@ -33,15 +33,22 @@ def prefetched(tasks: Iterable[Callable[[], T]], depth: int, threads: int = 1) -
         return
     pool = ThreadPoolExecutor(max_workers=max(1, threads), thread_name_prefix=_NAME)
     source = iter(tasks)
-    try:
-        waiting: deque[Future[T]] = deque()
+    waiting: deque[Future[T]] = deque()
+
+    def submit_next() -> None:
         for task in source:
             waiting.append(pool.submit(task))
-            del task  # it may hold memory that its result no longer needs
-            if len(waiting) > depth:
-                yield waiting.popleft().result()
+            return
+
+    try:
+        for _ in range(depth):
+            submit_next()
         while waiting:
-            yield waiting.popleft().result()
+            # The next task begins when the user lets go of the result before, which may be large: begun
+            # earlier, its own would come on top, now and then.
+            ready = [waiting.popleft().result()]
+            submit_next()
+            yield ready.pop()
     finally:
         # Garbage may be collected on one of our own threads, which can't wait for itself.
         own = threading.current_thread().name.startswith(_NAME)
@@ -61,27 +68,29 @@ class Pool:
     """Large arrays that are given out again once nobody holds them, which saves asking the system for pages.
 
     What a user keeps is never given out: an array, a slice of it or a tensor over it counts as held.
+    An array is given out again with its own dtype only. What one pool gives should be about equally long:
+    a short array in a long one's place makes the next long one a new one, and memory grows by chance.
 
     Parameters
     ----------
     most
-        Arrays that are remembered.
+        Arrays of a dtype that are remembered.
     """
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._arrays: list[np.ndarray] = []
+        self._arrays: dict[np.dtype, list[np.ndarray]] = {}
         self._lock = threading.Lock()
 
     def __call__(self, n: int, dtype: Any) -> np.ndarray:
         """An array of n values, uninitialised."""
-        size = n * np.dtype(dtype).itemsize
         with self._lock:
-            holders = _holders(self._arrays)
-            for k in range(len(holders)):
-                if holders[k] == _ALONE and self._arrays[k].size >= size:
-                    return self._arrays[k][:size].view(dtype)
-            self._arrays = [a for a, held in zip(self._arrays, holders, strict=True) if held > _ALONE]
-            array = np.empty(size + size // 8, np.uint8)
-            self._arrays = [*self._arrays[max(0, len(self._arrays) - self.most + 1) :], array]
-            return array[:size].view(dtype)
+            arrays = self._arrays.get(np.dtype(dtype), [])
+            holders = _holders(arrays)
+            free = [k for k in range(len(arrays)) if holders[k] == _ALONE and len(arrays[k]) >= n]
+            if free:
+                return arrays[min(free, key=lambda k: len(arrays[k]))][:n]
+            arrays = [a for a, held in zip(arrays, holders, strict=True) if held > _ALONE]
+            array = np.empty(n + n // 8, dtype)
+            self._arrays[array.dtype] = [*arrays[max(0, len(arrays) - self.most + 1) :], array]
+            return array[:n]

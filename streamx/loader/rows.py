@@ -58,9 +58,22 @@ class Rows:
         bounds, code_r = self.all_runs
         return runs_of(code_r[np.searchsorted(bounds, rows, side="right") - 1])
 
-    def pick(self, value_n: np.ndarray, epoch: int) -> np.ndarray:
+    def pick(self, value_n: Any, epoch: int) -> Picked:
         """Values of the collection's rows, for the rows of an epoch."""
-        return value_n[self.of_epoch(epoch)]
+        return Picked(value_n, self.of_epoch(epoch))
+
+
+@dataclass(frozen=True, eq=False)
+class Picked:
+    """Values of some rows of a collection, looked up when a stretch of these rows is asked for."""
+
+    value_n: Any
+    rows: slice | np.ndarray
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        if isinstance(self.rows, slice):
+            return self.value_n[slice(self.rows.start + part.start, self.rows.start + part.stop)]
+        return self.value_n[self.rows[part]]
 
 
 @lru_cache(1)

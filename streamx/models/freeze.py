@@ -16,6 +16,10 @@ from streamx.models.grow import batch_tables
 from streamx.models.stack import Layer
 from streamx.models.trvae import Block
 
+# Whose first layers an option frees. totalVI's encoder has a stack for the library, its decoder four: the
+# genes' is what scvi-tools means.
+_STACKS = {"encoder": ("stack", "library"), "decoder": ("stack", "gene")}
+
 
 @dataclass(frozen=True, eq=False)
 class Trainable:
@@ -88,9 +92,11 @@ def _moves_by_option(name: str, options: FreezeConfig) -> bool:
     """Norms that are not frozen; first layers, all their weights."""
     if _is_norm(name):
         return "classifier" not in name and not _frozen_norm(name, options)
-    first = {"encoder": options.freeze_expression, "decoder": options.freeze_decoder_first_layer}
-    in_first = name.removeprefix("vae.").startswith(f"{_part(name)}.stack.layers.0.columns.")
-    return in_first and not first.get(_part(name), True)
+    frozen = {"encoder": options.freeze_expression, "decoder": options.freeze_decoder_first_layer}
+    part, _, within = name.removeprefix("vae.").partition(".")
+    stack, _, rest = within.partition(".")
+    in_first = stack in _STACKS.get(part, ()) and rest.startswith("layers.0.columns.")
+    return in_first and not frozen[part]
 
 
 def last(table: Tensor, dimension: int, n_new: int) -> Tensor:

@@ -173,12 +173,12 @@ class Scanvi(nn.Module):
         return of_z1_m.view(n_labels, n).t(), kl_m.view(n_labels, n).t()
 
     def _cross_entropy(self, z_nk: Tensor, cells: Cells, generator: torch.Generator | None) -> Tensor:
-        """Mean over the cells that have a label."""
+        """Mean over the cells that have a label; 0 where there is none, or no column of labels at all."""
+        if cells.label_n is None:
+            return z_nk.new_zeros(())
         logits_nl = self.classifier(z_nk, generator)
         if not self.config.logits:
             logits_nl = torch.softmax(logits_nl, -1)
-        if cells.label_n is None:
-            return logits_nl.new_zeros(())
         total = F.cross_entropy(logits_nl, cells.label_n, ignore_index=-1, reduction="sum")
         return total / (cells.label_n >= 0).sum().clamp(min=1)
 

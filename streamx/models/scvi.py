@@ -318,8 +318,6 @@ class Scvi(nn.Module):
             return self.reconstruction(z_nk, library_n, cells).mean()
         h_nh = self._hidden(z_nk, cells.batch_n, cells)
         table_rg, row_n = self._log_theta(h_nh, cells.batch_n, cells)
-        if len(table_rg) > len(x):
-            table_rg, row_n = F.embedding(row_n, table_rg), torch.arange(len(x))
         dropout_ng = None if self.decoder.dropout is None else self.decoder.dropout(h_nh)
         return mean_count_loss(self.decoder.scale(h_nh), library_n, table_rg, row_n, x, dropout_ng)
 
@@ -360,10 +358,7 @@ class Scvi(nn.Module):
 def observed_library(cells: Cells) -> Tensor:
     """ln of each cell's sum, float32 (n,); -inf for a cell without counts."""
     x = cells.x_ng
-    if isinstance(x, Rows):
-        before_v = np.concatenate([[0.0], np.cumsum(x.value_v, dtype=np.float64)])
-        return torch.from_numpy(np.diff(before_v[x.first_n])).float().log()
-    return x.sum(1).log()
+    return (x.sum_n if isinstance(x, Rows) else x.sum(1)).log()
 
 
 def dense(x: Tensor | Rows) -> Tensor:

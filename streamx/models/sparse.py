@@ -58,6 +58,12 @@ class Rows:
         out_ng[row_v, self.gene_v] = self.value_v
         return torch.from_numpy(out_ng)
 
+    @cached_property
+    def sum_n(self) -> Tensor:
+        """Each cell's sum, float32 (n,)."""
+        before_v = np.concatenate([[0.0], np.cumsum(self.value_v, dtype=np.float64)])
+        return torch.from_numpy(np.diff(before_v[self.first_n])).float()
+
     def log1p(self) -> Rows:
         """ln(1 + x), as of a tensor."""
         return replace(self, value_v=np.log1p(self.value_v))

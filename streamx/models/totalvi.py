@@ -18,9 +18,11 @@ from torch import Tensor, nn
 from streamx.config import TotalviConfig
 from streamx.models import gaussian
 from streamx.models.cells import Cells
+from streamx.models.count_loss import mean_count_loss
 from streamx.models.counts import Counts
 from streamx.models.scvi import dense, observed_library
-from streamx.models.totalvi_decoder import Decoded, Decoder, Proteins
+from streamx.models.sparse import Rows
+from streamx.models.totalvi_decoder import Decoded, Decoder, Networks, Proteins
 from streamx.models.totalvi_encoder import Encoder, Inferred, Inputs, seen
 
 _LARGEST_LOG_LIBRARY = 15.0
@@ -265,30 +267,41 @@ class Totalvi(nn.Module):
             Draws the dropout while training, then the noise of the background, (n, n_proteins).
         """
         batch_n = cells.batch_n if batch is None else torch.full_like(cells.batch_n, batch)
+        parts, proteins = self._decoded(z_nk, batch_n, cells, generator)
+        return Decoded(self._genes(parts, library_n, batch_n, cells), proteins)
+
+    def _decoded(
+        self, z_nk: Tensor, batch_n: Tensor, cells: Cells, generator: torch.Generator | None
+    ) -> tuple[Networks, Proteins]:
+        """What the networks give, and the proteins' distribution."""
         parts = self.decoder(z_nk, batch_n, cells.category_nc, cells.continuous_nc, generator)
         like = parts.back_mean_np
         noise_np = torch.randn(like.shape, generator=generator, device=like.device)
-        rate_ng = library_n.exp()[:, None] * parts.scale_ng
-        theta = self._theta(self.config.gene_dispersion, batch_n, cells)
         proteins = Proteins(
             parts.back_mean_np,
             parts.back_sd_np,
             torch.addcmul(parts.back_mean_np, noise_np, parts.back_sd_np),
             parts.fore_scale_np,
             parts.mixing_np,
-            self._theta(self.config.protein_dispersion, batch_n, cells),
+            _theta(*self._log_theta(self.config.protein_dispersion, batch_n, cells)),
             None if self.log_efficiency_pb is None else F.embedding(batch_n, self.log_efficiency_pb.t()),
         )
-        return Decoded(Counts(parts.scale_ng, rate_ng, theta, parts.dropout_ng), proteins)
+        return parts, proteins
 
-    def _theta(self, kind: str, batch_n: Tensor, cells: Cells) -> Tensor:
+    def _genes(self, parts: Networks, library_n: Tensor, batch_n: Tensor, cells: Cells) -> Counts:
+        scale_ng = parts.logit_ng.softmax(1)
+        theta = _theta(*self._log_theta(self.config.gene_dispersion, batch_n, cells))
+        return Counts(scale_ng, library_n.exp()[:, None] * scale_ng, theta, parts.dropout_ng)
+
+    def _log_theta(self, kind: str, batch_n: Tensor, cells: Cells) -> tuple[Tensor, Tensor]:
+        """Table of ln theta of genes or proteins, one row per code; and each cell's row of it."""
         of, _, by = kind.partition("-")
-        log_table = self.get_parameter(f"log_theta_{of[0]}{by[:1]}")
+        table = self.get_parameter(f"log_theta_{of[0]}{by[:1]}")
         if not by:
-            return log_table.exp()
+            return table[None], torch.zeros_like(batch_n)
         code_n = batch_n if by == "batch" else cells.label_n
         assert code_n is not None
-        return F.embedding(code_n, log_table.t()).exp()
+        return table.t(), code_n
 
     # -- the loss ------------------------------------------------------------------------------------------
 
@@ -332,15 +345,29 @@ class Totalvi(nn.Module):
             (n, n_latent).
         """
         inferred = self.infer(cells, generator, measured_p)
-        decoded = self.decode(inferred.z_nk, inferred.library_n, cells, generator=generator)
-        terms = self._terms(cells, inferred, decoded, measured_p)
+        parts, proteins = self._decoded(inferred.z_nk, cells.batch_n, cells, generator)
+        terms = self._terms(cells, inferred, proteins, measured_p)
+        means = {name: term_n.mean() for name, term_n in terms.items()}
+        gene = self._mean_of_genes(parts, inferred.library_n, cells)
+        means = {
+            "reconstruction": gene + means["reconstruction_protein"],
+            "kl": means["kl"],
+            "reconstruction_gene": gene,
+        } | means
         protein_weight = kl_weight if self.config.protein_warmup else 1.0
-        loss_n = terms["reconstruction_gene"] + protein_weight * terms["reconstruction_protein"]
-        loss_n = loss_n + kl_weight * (terms["kl"] + terms["kl_background"])
-        if "kl_library" in terms:
-            loss_n = loss_n + terms["kl_library"]
-        losses = {"loss": loss_n.mean()} | {name: term_n.mean() for name, term_n in terms.items()}
-        return losses, inferred.z_nk
+        loss = gene + protein_weight * means["reconstruction_protein"]
+        loss = loss + kl_weight * (means["kl"] + means["kl_background"])
+        if "kl_library" in means:
+            loss = loss + means["kl_library"]
+        return {"loss": loss} | means, inferred.z_nk
+
+    def _mean_of_genes(self, parts: Networks, library_n: Tensor, cells: Cells) -> Tensor:
+        """-ln p of the gene counts, its mean over cells; against sparse rows in one pass."""
+        x = cells.x_ng
+        if not isinstance(x, Rows):
+            return -self._genes(parts, library_n, cells.batch_n, cells).log_prob(x).sum(1).mean()
+        table = self._log_theta(self.config.gene_dispersion, cells.batch_n, cells)
+        return mean_count_loss(parts.logit_ng, library_n, *table, x, parts.dropout_ng)
 
     def terms(
         self,
@@ -355,13 +382,20 @@ class Totalvi(nn.Module):
         """
         inferred = self.infer(cells, generator, measured_p)
         decoded = self.decode(inferred.z_nk, inferred.library_n, cells, generator=generator)
-        return self._terms(cells, inferred, decoded, measured_p)
+        terms = self._terms(cells, inferred, decoded.proteins, measured_p)
+        gene_n = -decoded.genes.log_prob(dense(cells.x_ng)).sum(1)
+        return {
+            "reconstruction": gene_n + terms["reconstruction_protein"],
+            "kl": terms["kl"],
+            "reconstruction_gene": gene_n,
+        } | terms
 
     def _terms(
-        self, cells: Cells, inferred: Inferred, decoded: Decoded, measured_p: Tensor | None
+        self, cells: Cells, inferred: Inferred, proteins: Proteins, measured_p: Tensor | None
     ) -> dict[str, Tensor]:
-        measured_np, proteins = self.measured(cells, measured_p), decoded.proteins
-        gene_n, protein_n = self._reconstruction(cells, decoded, measured_np)
+        """All terms but the genes', (n,) each."""
+        assert cells.protein_np is not None
+        measured_np = self.measured(cells, measured_p)
         prior = self._background_prior(cells)
         back_np = gaussian.kl(proteins.back_mean_np, proteins.back_sd_np.square(), *prior)
         background_n = (back_np * measured_np).sum(1)
@@ -371,21 +405,13 @@ class Totalvi(nn.Module):
                 1
             )
         terms = {
-            "reconstruction": gene_n + protein_n,
             "kl": gaussian.kl(inferred.mean_nk, inferred.var_nk).sum(1),
-            "reconstruction_gene": gene_n,
-            "reconstruction_protein": protein_n,
+            "reconstruction_protein": -(proteins.log_prob(cells.protein_np) * measured_np).sum(1),
             "kl_background": background_n,
         }
         if inferred.of_library is not None:
             terms["kl_library"] = gaussian.kl(*inferred.of_library, *self._library_prior(cells))
         return terms
-
-    def _reconstruction(self, cells: Cells, decoded: Decoded, measured_np: Tensor) -> tuple[Tensor, Tensor]:
-        """-ln p of genes and of measured proteins, (n,) each."""
-        assert cells.protein_np is not None
-        gene_n = decoded.genes.log_prob(dense(cells.x_ng)).sum(1)
-        return -gene_n, -(decoded.proteins.log_prob(cells.protein_np) * measured_np).sum(1)
 
     def _background_prior(self, cells: Cells) -> tuple[Tensor, Tensor]:
         """Mean and variance of ln(background), (n, n_proteins) each."""
@@ -423,7 +449,14 @@ class Totalvi(nn.Module):
         if inferred.of_library is not None:
             weight_n += gaussian.log_prob(inferred.library_n, *self._library_prior(cells))
             weight_n -= gaussian.log_prob(inferred.library_n, *inferred.of_library)
-        return weight_n - sum(self._reconstruction(cells, decoded, measured_np))
+        weight_n += decoded.genes.log_prob(dense(cells.x_ng)).sum(1)
+        assert cells.protein_np is not None
+        return weight_n + (proteins.log_prob(cells.protein_np) * measured_np).sum(1)
+
+
+def _theta(log_theta_rx: Tensor, row_n: Tensor) -> Tensor:
+    """(width,) where all cells have the same, else (n, width)."""
+    return (log_theta_rx[0] if len(log_theta_rx) == 1 else F.embedding(row_n, log_theta_rx)).exp()
 
 
 def _minus_log_normal(log_value: Tensor) -> Tensor:

@@ -93,9 +93,9 @@ class Decoded:
 
 @dataclass(frozen=True, eq=False)
 class Networks:
-    """What the decoder's networks give, before any noise, library or dispersion."""
+    """What the decoder's networks give, before any noise, library or dispersion; ``scale_ng`` as logits."""
 
-    scale_ng: Tensor
+    logit_ng: Tensor
     dropout_ng: Tensor | None
     back_mean_np: Tensor
     back_sd_np: Tensor
@@ -176,7 +176,7 @@ class Decoder(nn.Module):
         zinb = self.config.gene_likelihood == "zinb"
         positive = torch.exp if self.config.background_activation == "exp" else F.softplus
         return Networks(
-            scale_ng=self.scale(gene_nh, *columns).float().softmax(1),
+            logit_ng=self.scale(gene_nh, *columns).float(),
             dropout_ng=self.dropout(mix_nh, *columns).float() if zinb else None,
             back_mean_np=self.back_mean(back_nh, *columns).float(),
             back_sd_np=positive(self.back_sd(back_nh, *columns).float()) + _LEAST,

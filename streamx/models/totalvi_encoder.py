@@ -48,8 +48,7 @@ def seen(x: Tensor | Rows, config: TotalviConfig) -> Tensor | Rows:
     if isinstance(x, Rows):
         value_v = x.value_v
         if scaled:
-            until_v = np.concatenate([[0.0], np.cumsum(value_v, dtype=np.float64)])
-            mean_n = (np.diff(until_v[x.first_n]) / x.n_genes).astype(np.float32)
+            mean_n = x.sum_n.numpy() / np.float32(x.n_genes)
             value_v = value_v / np.repeat(1 + mean_n, np.diff(x.first_n))
         return Rows(x.first_n, x.gene_v, np.log1p(value_v) if logarithm else value_v, x.n_genes)
     x = x / (1 + x.mean(1, keepdim=True)) if scaled else x

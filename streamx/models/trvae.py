@@ -21,8 +21,10 @@ from streamx.config import TrvaeConfig
 from streamx.errors import UsageError
 from streamx.models import likelihoods
 from streamx.models.cells import Cells
+from streamx.models.count_loss import mean_count_loss
 from streamx.models.layers import batch_norm, linear
 from streamx.models.mmd import mmd
+from streamx.models.scvi import dense
 from streamx.models.sparse import Rows, SparseLinear
 from streamx.models.stack import LAYER_NORM_EPS, dropped
 
@@ -249,6 +251,16 @@ class Trvae(nn.Module):
     ) -> Expression:
         """Expression of latents as of the given batches, for cells of the given size factors (n,)."""
         logits_ng, dropout_ng, hidden_ny = self.decoder(z_nk, batch_n, generator)
+        return self._expression(logits_ng, dropout_ng, hidden_ny, batch_n, size_n)
+
+    def _expression(
+        self,
+        logits_ng: Tensor,
+        dropout_ng: Tensor | None,
+        hidden_ny: Tensor,
+        batch_n: Tensor,
+        size_n: Tensor,
+    ) -> Expression:
         if self.log_theta_gb is None:
             fitted_ng = F.relu(logits_ng)
             return Expression(fitted_ng, fitted_ng, None, None, hidden_ny)
@@ -256,12 +268,12 @@ class Trvae(nn.Module):
         r_ng = F.embedding(batch_n, self.log_theta_gb.t()).exp()
         return Expression(scale_ng, scale_ng * size_n[:, None], r_ng, dropout_ng, hidden_ny)
 
-    def size_factors(self, x_ng: Tensor) -> Tensor:
+    def size_factors(self, x_ng: Tensor | Rows) -> Tensor:
         """Size factor of each cell (n,): its sum, or (December 2020) the logarithm of its sum.
 
         A cell without counts has the logarithm 0 there, where the reference has -inf and then NaN.
         """
-        sum_n = x_ng.sum(1)
+        sum_n = x_ng.sum_n if isinstance(x_ng, Rows) else x_ng.sum(1)
         return sum_n.clamp(min=1).log() if self.config.size_factor == "log_sum" else sum_n
 
     def loss(
@@ -285,16 +297,26 @@ class Trvae(nn.Module):
         mean_nk, var_nk = self.encode(cells, generator)
         noise_nk = torch.randn(mean_nk.shape, generator=generator, device=mean_nk.device)
         z_nk = torch.addcmul(mean_nk, var_nk.sqrt(), noise_nk)
-        x_ng = cells.x_ng.dense() if isinstance(cells.x_ng, Rows) else cells.x_ng
-        found = self.decode(z_nk, cells.batch_n, self.size_factors(x_ng), generator)
-        reconstruction = self._reconstruction(x_ng, found).sum(1).mean()
+        logits_ng, dropout_ng, hidden_ny = self.decoder(z_nk, cells.batch_n, generator)
+        reconstruction = self._mean_reconstruction(cells, logits_ng, dropout_ng, hidden_ny)
         kl = 0.5 * (var_nk + mean_nk.square() - 1 - var_nk.log()).sum(1).mean()
         apart = mean_nk.new_zeros(())
         if self.config.use_mmd:
-            drawn = z_nk if self.config.mmd_on == "z" else found.hidden_ny
+            drawn = z_nk if self.config.mmd_on == "z" else hidden_ny
             apart = self.config.beta * mmd(drawn, cells.batch_n, self.n_batches, self.config.mmd_boundary)
         loss = reconstruction + kl_weight * kl + apart
         return {"loss": loss, "reconstruction": reconstruction, "kl": kl, "mmd": apart}
+
+    def _mean_reconstruction(
+        self, cells: Cells, logits_ng: Tensor, dropout_ng: Tensor | None, hidden_ny: Tensor
+    ) -> Tensor:
+        """Summed over genes, its mean over cells; counts that come as sparse rows in one pass."""
+        x, size_n = cells.x_ng, self.size_factors(cells.x_ng)
+        if isinstance(x, Rows) and self.log_theta_gb is not None:
+            table_rg = self.log_theta_gb.t()
+            return mean_count_loss(logits_ng, size_n.log(), table_rg, cells.batch_n, x, dropout_ng)
+        found = self._expression(logits_ng, dropout_ng, hidden_ny, cells.batch_n, size_n)
+        return self._reconstruction(dense(x), found).sum(1).mean()
 
     def _reconstruction(self, x_ng: Tensor, found: Expression) -> Tensor:
         """Squared error or negative log-likelihood of each value, (n, n_genes)."""

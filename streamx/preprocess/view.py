@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,20 +19,19 @@ from streamx.preprocess.kernels import pick_columns
 from streamx.preprocess.recipe import Recipe
 from streamx.preprocess.rows import StoreRows, rows_of
 from streamx.store.collection import Collection
-from streamx.store.columns import gathered, lay_down
+from streamx.store.columns import gathered, lay_collection
 from streamx.store.journal import Journal
 from streamx.store.location import Location, follow, relative
 from streamx.store.needs import Needs, Sample
-from streamx.store.obs import Obs, Piece, plain
+from streamx.store.obs import Obs, Piece
 from streamx.store.order import row_order
 from streamx.store.pack import Content, start, write_part
-from streamx.store.scratch import PIECE_ROWS, new_array, pieces
+from streamx.store.scratch import new_array, pieces
 from streamx.store.spill import Slab
-from streamx.store.text import Text
 
 TOTAL, ROW = "_streamx_total", "_streamx_row"
 BYTES_PER_VALUE = 40  # of a slab while it is read, cut and sorted
-MAX_SLAB_ROWS = 1 << 14
+MAX_SLAB_ROWS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -138,16 +137,9 @@ def view_obs(store: Collection, layout: Layout, total_n: np.ndarray, folder: Pat
     folder
         Where the store's columns are laid down to be gathered in the view's order.
     """
-    n, first = store.n_obs - layout.first, layout.first
+    first = layout.first
     kept = [name for name in store.obs_columns if name != store.batch_key]
-    step = max(1024, PIECE_ROWS // max(1, len(kept) // 16))
-
-    def tables() -> Iterator[tuple[Text, dict[str, Piece]]]:
-        for low, high in pieces(n, step):
-            columns = {name: plain(store.obs_column(name, first + low, first + high)) for name in kept}
-            yield store.cell_names(first + low, first + high), columns
-
-    names, laid = lay_down(folder, tables())
+    names, laid = lay_collection(store, kept, folder, first)
     order = layout.row_n
     if first:
         order = new_array(folder / "order", len(layout.row_n), np.int64)

@@ -132,7 +132,7 @@ def query_proteins(model: Model, query: Query, row_n: np.ndarray) -> np.ndarray:
         if found:
             to, of = map(list, zip(*found, strict=True))
             out_np[np.ix_(mine, to)] = rows_np[:, of]
-    return out_np
+    return np.nan_to_num(out_np, copy=False)
 
 
 def query_columns(model: Model, query: Query, *, whole: bool = False) -> QueryColumns:

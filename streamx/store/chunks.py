@@ -9,19 +9,18 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from streamx.errors import IntegrityError
+from streamx.store.kept import Kept
 from streamx.store.location import RESTORE, Location, ObjectTable, crc32c, describe
 
 ABSENT = 2**64 - 1  # offset of a chunk that holds the fill value only
 CHECKSUM = 4
-INDEXES = 1024  # of zarr shards that are remembered, 16 KB each
-FILES = 128  # that are kept open
 _INDEX_CODECS = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
 
 
@@ -67,12 +66,19 @@ class Chunks:
         per_shard: int,
         coding: tuple[bool, bool],
         expected: ObjectTable,
+        kept: Kept,
     ) -> None:
         self.location, self.prefix, self.dtype, self.n = location, prefix, dtype, n
         self.chunk, self.per_shard, self.coding = chunk, per_shard, coding
-        # caches of plain functions: over methods they would keep this object, and its files, alive
-        self.index = lru_cache(INDEXES)(partial(_read_index, location, prefix, per_shard, expected))
-        self._file = lru_cache(FILES)(partial(_File, location, prefix))
+        self.expected, self.kept = expected, kept
+
+    def index(self, shard: int) -> np.ndarray | None:
+        """First byte and bytes of each chunk of a zarr shard, unsigned (n_chunks, 2); None: only zeros."""
+        read = partial(_read_index, self.location, self.prefix, self.per_shard, self.expected, shard)
+        return self.kept.parts.get((self.prefix, shard), read)
+
+    def _file(self, shard: int) -> _File:
+        return self.kept.files.get((self.prefix, shard), partial(_File, self.location, self.prefix, shard))
 
     def frames(self, number_k: np.ndarray) -> Frames:
         """Where the bytes of these chunks, ascending, lie.
@@ -145,7 +151,7 @@ class _File:
 def _read_index(
     location: Location, prefix: str, per_shard: int, expected: ObjectTable, shard: int
 ) -> np.ndarray | None:
-    """First byte and bytes of each chunk of a zarr shard, int64 (n_chunks, 2); None: nothing but zeros."""
+    """See :meth:`Chunks.index`."""
     key = f"{prefix}/c/{shard}"
     size = expected[key][0] if key in expected else location.size(key)
     if size is None:
@@ -157,11 +163,18 @@ def _read_index(
     if size < len(raw) or crc32c(body.data) != f"{int.from_bytes(checksum.tobytes(), 'little'):08x}":
         raise IntegrityError("the index of its chunks is damaged", where=f"{location}/{key}", fix=RESTORE)
     index = body.view("<u8").reshape(-1, 2)
-    return np.where(index == ABSENT, 0, index).astype(np.int64)
+    return np.where(index == ABSENT, 0, index).astype(np.uint32 if size < 1 << 32 else np.int64)
 
 
-def open_chunks(location: Location, prefix: str, expected: ObjectTable) -> Chunks | None:
+def open_chunks(location: Location, prefix: str, expected: ObjectTable, kept: Kept) -> Chunks | None:
     """The array at a prefix, or None if it is not of a layout that is known here.
+
+    Parameters
+    ----------
+    expected
+        Objects that must exist, from the manifest.
+    kept
+        What was read before, and open files.
 
     Raises
     ------
@@ -178,7 +191,7 @@ def open_chunks(location: Location, prefix: str, expected: ObjectTable) -> Chunk
         return None
     shard, chunk, coding = geometry
     dtype = np.dtype(about["data_type"])
-    return Chunks(location, prefix, dtype, about["shape"][0], chunk, shard // chunk, coding, expected)
+    return Chunks(location, prefix, dtype, about["shape"][0], chunk, shard // chunk, coding, expected, kept)
 
 
 def _known_geometry(about: dict[str, Any]) -> tuple[int, int, tuple[bool, bool]] | None:

@@ -19,6 +19,7 @@ from streamx.errors import IntegrityError, UsageError
 from streamx.store.ahead import AT_ONCE
 from streamx.store.frame import Group, cast, column_names, missing, read_column, read_frame
 from streamx.store.genes import unpack_mask
+from streamx.store.kept import NBYTES, NBYTES_OF_BUCKET, Kept
 from streamx.store.layout import index_dtype
 from streamx.store.location import RESTORE, Location, ObjectTable, describe, open_location
 from streamx.store.manifest import Generation, Part, read_generation, read_part
@@ -149,14 +150,14 @@ class Collection:
     @cached_property
     def obs_names(self) -> pd.Index:
         with integrity(f"{self.path}/obs"):
-            pieces = [np.asarray(group["_index"][:]) for group in self._obs_groups]
+            pieces = [np.asarray(self._obs_group(k)["_index"][:]) for k in range(len(self.parts))]
         return pd.Index(np.concatenate(pieces).astype(object) if pieces else [], dtype=object)
 
     def cell_names(self, start: int = 0, stop: int | None = None) -> Text:
         """Names of the cells start..stop, as bytes."""
         with integrity(f"{self.path}/obs"):
             return joined(
-                text_of(np.asarray(self._obs_groups[piece]["_index"][low:high]).tolist())
+                text_of(np.asarray(self._obs_group(piece)["_index"][low:high]).tolist())
                 for piece, low, high in self._part_ranges(start, self.n_obs if stop is None else stop)
             )
 
@@ -167,7 +168,7 @@ class Collection:
     @cached_property
     def obs(self) -> pd.DataFrame:
         """All columns of all cells (read now; :meth:`obs_column` reads one)."""
-        names, _ = self.obs_names, self._obs_groups  # opened once, before threads ask for them
+        names = self.obs_names  # opens the parts once, before threads ask for them
         read = [partial(self.obs_column, name) for name in self.obs_columns]
         found = run_all(read, AT_ONCE if self.location.shared else 1)
         columns = {name: column.array for name, column in zip(self.obs_columns, found, strict=True)}
@@ -308,6 +309,11 @@ class Collection:
             allocate,
         )
 
+    def keep(self, nbytes: int) -> None:
+        """Keep up to so many bytes of what says where rows lie, if not more already: who reads in any order
+        needs it again and again."""
+        self._kept.parts.most = max(self._kept.parts.most, nbytes)
+
     @property
     def value_dtype(self) -> np.dtype:
         """The narrowest dtype that holds the stored values of all shards."""
@@ -429,21 +435,28 @@ class Collection:
         return [(shard.path, part.objects) for part in self.parts for shard in part.shards]
 
     @cached_property
+    def _kept(self) -> Kept:
+        return Kept(NBYTES_OF_BUCKET if self.location.shared else NBYTES)
+
+    @cached_property
     def _matrices(self) -> dict[int, Matrix]:
         return {}
 
     def _matrix(self, shard: int) -> Matrix:
         if shard not in self._matrices:
             path, expected = self._shard_paths[shard]
-            self._matrices[shard] = Matrix(self.location, path, expected, self.verify)
+            self._matrices[shard] = Matrix(self.location, path, expected, self.verify, self._kept)
         return self._matrices[shard]
 
     def _group(self, shard: int) -> Group:
         return self._matrix(shard).group
 
-    @cached_property
-    def _obs_groups(self) -> list[Group]:
-        return [open_group(self.location, part.obs_path, part.objects) for part in self.parts]
+    def _obs_group(self, piece: int) -> Group:
+        """obs of a part."""
+        part = self.parts[piece]
+        return self._kept.parts.get(
+            part.obs_path, partial(open_group, self.location, part.obs_path, part.objects)
+        )
 
     def _part_ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         for piece in range(len(self.parts)):
@@ -453,7 +466,7 @@ class Collection:
                 yield piece, low - first, high - first
 
     def _stored(self, name: str, piece: int, low: int, high: int, schema: dict[str, Any]) -> pd.Series:
-        group = self._obs_groups[piece]
+        group = self._obs_group(piece)
         if name not in column_names(group):
             return missing(high - low, schema, name)
         return read_column(group, name, low, high)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from streamx.store.collection import Collection
 from streamx.store.location import storage_error
-from streamx.store.obs import Obs, Piece
+from streamx.store.obs import Obs, Piece, plain
+from streamx.store.scratch import PIECE_ROWS, pieces
 from streamx.store.text import Text
 
 
@@ -96,6 +98,29 @@ def lay_down(
     laid = names.column().values
     assert isinstance(laid, Text)
     return laid, {name: file.column() for name, file in files.items()}
+
+
+def lay_collection(
+    collection: Collection, columns: Sequence[str], folder: Path, first: int = 0
+) -> tuple[Text, dict[str, Column]]:
+    """Names and columns of a collection's cells from row `first` on, in files of a folder."""
+    step = max(1024, PIECE_ROWS // max(1, len(columns) // 16))
+
+    def tables() -> Iterator[tuple[Text, dict[str, Piece]]]:
+        for low, high in pieces(collection.n_obs - first, step):
+            rows = first + low, first + high
+            yield (
+                collection.cell_names(*rows),
+                {name: plain(collection.obs_column(name, *rows)) for name in columns},
+            )
+
+    return lay_down(folder, tables())
+
+
+def obs_of(collection: Collection, folder: Path) -> Obs:
+    """All cells of a collection, read by pieces that lie in files of a folder."""
+    names, columns = lay_collection(collection, collection.obs_columns, folder)
+    return gathered(collection.n_obs, names, columns, collection.manifest.obs_schema)
 
 
 def gathered(

@@ -16,7 +16,7 @@ from scipy.sparse import csr_matrix
 
 from streamx.config import ConvertConfig, build, parse_bytes
 from streamx.errors import EmptyError, InputError, UsageError, warn
-from streamx.memory import steady_memory
+from streamx.memory import give_back, steady_memory
 from streamx.schema import align, check_overlap
 from streamx.store import cells, genes
 from streamx.store.collection import Collection
@@ -307,6 +307,7 @@ def _plan(
     ]
     codes = laid.column(batch_key)
     order, destination = row_order(codes, digests, checksums, lengths, config.seed, folder)
+    give_back()  # what names and columns have left, before rows are looked at
     obsm = modalities(sources, config.obsm, codes, schema[batch_key]["categories"], base)
     entries = [
         _source_entry(source, key, names, axis, cols, sorted(mine), checksum, base, config)

@@ -126,9 +126,11 @@ def _frame(frames_k3, k, window, buffer, given):
 @compiled
 def place_chunks(
     number_k, frames_ik3, frames_dk3, given, buffer_bytes, chunk, coding_i, coding_d, verify,
-    start_n, stop_n, at_n, scratch_i, scratch_d, indices, data,
+    start_n, stop_n, at_n, scratch_i, scratch_d, indices, data, as_stored,
 ):  # fmt: skip
     """Decode chunks of two arrays on one grid and put every row's values in place.
+
+    A chunk that lies in one row (or in a run of rows that is given as one) is decoded where it belongs.
 
     Parameters
     ----------
@@ -146,6 +148,8 @@ def place_chunks(
         Where its first value goes in `indices` and `data`; -1 leaves the row out.
     scratch_i, scratch_d
         One chunk in the stored dtypes.
+    as_stored
+        (`indices` has the stored dtype, `data` has).
 
     Returns
     -------
@@ -155,27 +159,38 @@ def place_chunks(
     buffer_i, buffer_d = np.empty(buffer_bytes, np.uint8), np.empty(buffer_bytes, np.uint8)
     row, n_rows = 0, len(start_n)
     for k in range(len(number_k)):
+        first = number_k[k] * chunk
+        whole = row < n_rows and start_n[row] <= first and stop_n[row] >= first + chunk and at_n[row] >= 0
+        at = at_n[row] + first - start_n[row] if whole else 0
+        straight_i, straight_d = whole and as_stored[0], whole and as_stored[1]
         frame, error = _frame(frames_ik3, k, window_i, buffer_i, given)
-        error = error or decode_chunk(frame, coding_i[0], coding_i[1], verify, scratch_i)
+        if straight_i:
+            error = error or decode_chunk(frame, coding_i[0], coding_i[1], verify, indices[at : at + chunk])
+        else:
+            error = error or decode_chunk(frame, coding_i[0], coding_i[1], verify, scratch_i)
         if error:
             return 2 * k * N_ERRORS + error
         frame, error = _frame(frames_dk3, k, window_d, buffer_d, given)
-        error = error or decode_chunk(frame, coding_d[0], coding_d[1], verify, scratch_d)
+        if straight_d:
+            error = error or decode_chunk(frame, coding_d[0], coding_d[1], verify, data[at : at + chunk])
+        else:
+            error = error or decode_chunk(frame, coding_d[0], coding_d[1], verify, scratch_d)
         if error:
             return (2 * k + 1) * N_ERRORS + error
-        first = number_k[k] * chunk
-        row = place(row, n_rows, scratch_i, scratch_d, first, start_n, stop_n, at_n, indices, data)
+        if not straight_i:
+            _place(row, n_rows, scratch_i, first, start_n, stop_n, at_n, indices)
+        if not straight_d:
+            _place(row, n_rows, scratch_d, first, start_n, stop_n, at_n, data)
+        while row < n_rows and stop_n[row] <= first + chunk:
+            row += 1
     return 0
 
 
 @compiled
 def place(row, n_rows, values_i, values_d, first, start_n, stop_n, at_n, indices, data):
-    """Put in place what a stretch of both arrays, from value `first` on, holds of the rows from `row` on.
-
-    Returns the first row that goes on after the stretch.
-    """
+    """Put in place what a stretch of both arrays, from value `first` on, holds of the rows from `row` on."""
     _place(row, n_rows, values_i, first, start_n, stop_n, at_n, indices)
-    return _place(row, n_rows, values_d, first, start_n, stop_n, at_n, data)
+    _place(row, n_rows, values_d, first, start_n, stop_n, at_n, data)
 
 
 @compiled
@@ -190,7 +205,4 @@ def _place(row, n_rows, values, first, start_n, stop_n, at_n, out):
             target, stored = out[at : at + n], values[source : source + n]
             for j in range(n):
                 target[j] = stored[j]
-        if stop_n[row] > end:
-            break
         row += 1
-    return row

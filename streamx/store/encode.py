@@ -77,16 +77,17 @@ def shard_of(chunks: Iterable[bytes], n_chunks: int) -> list[bytes]:
 
 
 def matrix_shard(
-    values: np.ndarray, chunk: int, n_chunks: int, encode: Callable[[np.ndarray], bytes]
+    pieces: Iterable[np.ndarray], chunk: int, n_chunks: int, encode: Callable[[np.ndarray], bytes]
 ) -> list[bytes]:
-    """A zarr shard of a flat array, in pieces."""
+    """A zarr shard of a flat array that comes in pieces of whole chunks, the last as it is; in pieces."""
 
     def chunks() -> Iterable[bytes]:
-        for low in range(0, len(values), chunk):
-            piece = values[low : low + chunk]
-            if len(piece) < chunk:
-                piece = np.concatenate([piece, np.zeros(chunk - len(piece), values.dtype)])
-            yield encode(piece)
+        for values in pieces:
+            for low in range(0, len(values), chunk):
+                piece = values[low : low + chunk]
+                if len(piece) < chunk:
+                    piece = np.concatenate([piece, np.zeros(chunk - len(piece), values.dtype)])
+                yield encode(piece)
 
     return shard_of(chunks(), n_chunks)
 

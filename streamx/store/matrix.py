@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any
 
@@ -18,12 +18,40 @@ import numpy as np
 from streamx.errors import IntegrityError
 from streamx.store.ahead import plan_ahead
 from streamx.store.chunks import Chunks, Frames, open_chunks
+from streamx.store.kept import Kept
+from streamx.store.layout import smallest_unsigned
 from streamx.store.location import RESTORE, Location, ObjectTable
 from streamx.store.read import Read, integrity, open_group
 
-OFFSETS = 64  # chunks of row offsets that are remembered per shard, 64 KB each
-
 Allocate = Callable[[int, Any], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Offsets:
+    """Some entries of indptr, as they are kept: the first, and how much each next one is larger."""
+
+    first: int
+    size_n: np.ndarray
+
+    @classmethod
+    def of(cls, entries: np.ndarray) -> Offsets:
+        """int64 entries, at least one."""
+        size_n = np.diff(entries)
+        if not len(size_n) or size_n.min() >= 0:
+            size_n = size_n.astype(smallest_unsigned(int(size_n.max(initial=0))))
+        return cls(int(entries[0]), size_n)
+
+    @property
+    def nbytes(self) -> int:
+        return self.size_n.nbytes + 200
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        """Entries start..stop, int64, at least one."""
+        out = np.empty(part.stop - part.start, np.int64)
+        out[0] = self.first + int(self.size_n[: part.start].sum(dtype=np.int64))
+        np.cumsum(self.size_n[part.start : part.stop - 1], out=out[1:])
+        out[1:] += out[0]
+        return out
 
 
 class Matrix:
@@ -35,52 +63,56 @@ class Matrix:
         Objects that must exist, from the manifest.
     verify
         Check the checksum of every chunk that is read.
+    kept
+        What was read before, of this and other matrices.
     """
 
-    def __init__(self, location: Location, path: str, expected: ObjectTable, verify: bool = True) -> None:
+    def __init__(
+        self, location: Location, path: str, expected: ObjectTable, verify: bool, kept: Kept
+    ) -> None:
         self.location, self.path, self.expected, self.verify = location, path, expected, verify
+        self.kept = kept
 
     @cached_property
     def values(self) -> tuple[Chunks, Chunks] | None:
         """indices and data on one chunk grid, or None: only zarr can read them."""
         from streamx.store import decode
 
-        found = [
-            open_chunks(self.location, f"{self.path}/X/{name}", self.expected) for name in ("indices", "data")
-        ]
-        indices, data = found
+        indices, data = self._chunks("indices"), self._chunks("data")
         if indices is None or data is None or not decode.available():
             return None
         return (indices, data) if (indices.n, indices.chunk) == (data.n, data.chunk) else None
 
-    @cached_property
+    @property
     def group(self) -> Any:
         """The shard as zarr opens it."""
-        return open_group(self.location, self.path, self.expected)
+        return self.kept.parts.get(self.path, partial(open_group, self.location, self.path, self.expected))
 
     def row_offsets(self, start: int, stop: int) -> np.ndarray:
         """Entries start..stop of indptr and the one after, int64."""
-        numbers = self.offset_chunks(start, stop)
-        pieces = [self.offsets(number) for number in numbers]
-        first = 0 if self._indptr is None else numbers[0] * self._indptr.chunk
-        return (pieces[0] if len(pieces) == 1 else np.concatenate(pieces))[start - first : stop + 1 - first]
+        chunk = stop + 1 if self._indptr is None else self._indptr.chunk
+        pieces = []
+        for number in self.offset_chunks(start, stop):
+            first = number * chunk
+            pieces.append(self.offsets(number)[max(start - first, 0) : min(stop + 1 - first, chunk)])
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
     def offset_chunks(self, start: int, stop: int) -> range:
         """Numbers of the chunks of indptr that hold the entries start..stop and the one after."""
         chunk = stop + 1 if self._indptr is None else self._indptr.chunk
         return range(start // chunk, stop // chunk + 1)
 
-    @cached_property
-    def offsets(self) -> Callable[[int], np.ndarray]:
+    def offsets(self, number: int) -> Offsets:
         """A chunk of indptr by its number; all of it as number 0 where zarr has to read it."""
         if self._indptr is None:
-            return lru_cache(1)(partial(_whole_offsets, self.location, self.path, self.expected))
-        # in a bucket all are kept, 8 bytes per row: reading them again would be requests in every fetch
-        return lru_cache(None if self.location.shared else OFFSETS)(partial(_offsets_of, self._indptr))
+            make = partial(_whole_offsets, self.location, self.path, self.expected)
+        else:
+            make = partial(_offsets_of, self._indptr, number)
+        return self.kept.parts.get((self.path, "offsets", number), make)
 
     def open(self) -> None:
         """Read what says where the chunks lie, but for the indexes of indices and data."""
-        _ = self.values, self.offsets
+        _ = self.values
         if self._indptr is not None:
             self._indptr.index(0)
 
@@ -88,16 +120,19 @@ class Matrix:
     def _indptr(self) -> Chunks | None:
         from streamx.store import decode
 
-        chunks = open_chunks(self.location, f"{self.path}/X/indptr", self.expected)
+        chunks = self._chunks("indptr")
         return chunks if chunks is not None and chunks.dtype == np.int64 and decode.available() else None
 
+    def _chunks(self, name: str) -> Chunks | None:
+        return open_chunks(self.location, f"{self.path}/X/{name}", self.expected, self.kept)
 
-def _whole_offsets(location: Location, path: str, expected: ObjectTable, _: int) -> np.ndarray:
+
+def _whole_offsets(location: Location, path: str, expected: ObjectTable) -> Offsets:
     with integrity(f"{location}/{path}/X/indptr"):
-        return np.asarray(open_group(location, path, expected)["X/indptr"][:], dtype=np.int64)
+        return Offsets.of(np.asarray(open_group(location, path, expected)["X/indptr"][:], dtype=np.int64))
 
 
-def _offsets_of(chunks: Chunks, number: int) -> np.ndarray:
+def _offsets_of(chunks: Chunks, number: int) -> Offsets:
     """One chunk of row offsets."""
     from streamx.store import decode
 
@@ -110,12 +145,14 @@ def _offsets_of(chunks: Chunks, number: int) -> np.ndarray:
     error = decode.decode_chunk(raw, *chunks.coding, True, values)
     if error:
         raise chunks.damaged(shard, decode.WHAT[error])
-    return values[: chunks.n - number * chunks.chunk]
+    return Offsets.of(values[: chunks.n - number * chunks.chunk])
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Rows of one shard, ascending: the values of each, where these go (-1: nowhere), and what holds them."""
+    """Rows of one shard (or runs of rows as one), ascending: the values of each, where these go (-1: nowhere)
+    and what holds them.
+    """
 
     matrix: Matrix
     start_n: np.ndarray
@@ -160,21 +197,25 @@ def gather(
     """
     plan_ahead(matrix_of, reads)
     offsets = [matrix_of(read.shard).row_offsets(read.start, read.stop) for read in reads]
-    start_n, stop_n = (
-        np.concatenate([part[which] for part in offsets]) if offsets else np.zeros(0, np.int64)
-        for which in (slice(None, -1), slice(1, None))
-    )
-    size_n = stop_n - start_n
+    size_n = np.concatenate([np.zeros(0, np.int64), *map(np.diff, offsets)])
     indptr = np.zeros((len(size_n) if order is None else len(order)) + 1, np.int64)
     np.cumsum(size_n if order is None else size_n[order], out=indptr[1:])
-    at_n = indptr[:-1]
-    if order is not None:
+    first_r, last_r = (np.array([part[end] for part in offsets], np.int64) for end in (0, -1))
+    if order is None:  # each read as if it were one long row
+        start_n, stop_n, at_n = first_r, last_r, np.cumsum(last_r - first_r) - (last_r - first_r)
+        rows_r = np.ones(len(reads), np.int64)
+    else:
+        start_n, stop_n = (
+            np.concatenate([np.zeros(0, np.int64), *(part[which] for part in offsets)])
+            for which in (slice(None, -1), slice(1, None))
+        )
         at_n = np.full(len(size_n), -1, np.int64)
         at_n[order] = indptr[:-1]
+        rows_r = np.array([read.stop - read.start for read in reads], np.int64)
     if index_dtype is None:
         index_dtype = np.int32 if indptr[-1] <= np.iinfo(np.int32).max else np.int64
     indices, data = allocate(int(indptr[-1]), index_dtype), allocate(int(indptr[-1]), data_dtype)
-    tasks = _tasks(matrix_of, reads, offsets, start_n, stop_n, at_n)
+    tasks = _tasks(matrix_of, reads, first_r, last_r, rows_r, start_n, stop_n, at_n)
     frames, given = _bytes_of(tasks)
     for task, (frames_i, frames_d) in zip(tasks, frames, strict=True):
         _place(task, frames_i, frames_d, given, indices, data)
@@ -184,14 +225,16 @@ def gather(
 def _tasks(
     matrix_of: Callable[[int], Matrix],
     reads: Sequence[Read],
-    offsets: list[np.ndarray],
+    first_r: np.ndarray,
+    last_r: np.ndarray,
+    rows_r: np.ndarray,
     start_n: np.ndarray,
     stop_n: np.ndarray,
     at_n: np.ndarray,
 ) -> list[_Task]:
-    """One task for all rows that one kernel call can place."""
+    """One task for all rows that one kernel call can place. A read: its values first..last, its rows."""
     tasks = []
-    rows = np.cumsum([0, *(read.stop - read.start for read in reads)]).tolist()
+    rows = np.concatenate([[0], np.cumsum(rows_r)]).tolist()
     low = 0
     for high in range(1, len(reads) + 1):
         follows = (
@@ -204,8 +247,7 @@ def _tasks(
         matrix, own = matrix_of(reads[low].shard), slice(rows[low], rows[high])
         number_k, frames = np.zeros(0, np.int64), None
         if matrix.values is not None:
-            first, last = (np.array([part[end] for part in offsets[low:high]]) for end in (0, -1))
-            number_k = _chunk_numbers(first, last, matrix.values[0].chunk)
+            number_k = _chunk_numbers(first_r[low:high], last_r[low:high], matrix.values[0].chunk)
             frames = (matrix.values[0].frames(number_k), matrix.values[1].frames(number_k))
         cuts = [row - rows[low] for row in rows[low : high + 1]]
         tasks.append(_Task(matrix, start_n[own], stop_n[own], at_n[own], cuts, number_k, frames))
@@ -263,6 +305,7 @@ def _place(
         task.number_k, frames_i, frames_d, given, max(largest, decode.READ_AHEAD), columns.chunk,
         columns.coding, values.coding, matrix.verify, task.start_n, task.stop_n, task.at_n,
         np.empty(columns.chunk, columns.dtype), np.empty(values.chunk, values.dtype), indices, data,
+        (indices.dtype == columns.dtype, data.dtype == values.dtype),
     )  # fmt: skip
     if answer:
         which, error = divmod(answer, decode.N_ERRORS)

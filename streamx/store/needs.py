@@ -24,6 +24,7 @@ from streamx.store.text import Text
 
 SLAB_BYTES = 17  # of memory per value of a slab, while it is read, moved to its columns and sorted
 ROW_BYTES = 48  # of disk per cell: order, place, end, hash of the name
+CHUNKS_AT_ONCE = 128  # of a zarr shard, whose values are gathered and encoded while all of its bytes wait
 SAMPLE_ROWS = 4096
 SAMPLED_FILES = 16  # whose rows show how the values compress
 SURE = 0.7  # a prediction is right within 30 %
@@ -101,7 +102,8 @@ def needs_of(
     chunk = layout.chunk_values(n_obs, sample.nnz)
     shard = layout.shard_values(chunk, int(per_row * min(shard_rows, n_obs)))
     reading = threads * SLAB_BYTES * per_row * max((len(slab.rows) for slab in slabs), default=0)
-    writing = at_once(shard, memory, threads) * shard * (max(index.itemsize, value.itemsize) + per_value / 2)
+    gathered = min(shard, chunk * CHUNKS_AT_ONCE) * (max(index.itemsize, value.itemsize) + 1)
+    writing = at_once(shard, memory, threads) * (gathered + shard * per_value)
     return Needs(
         resident_bytes() + int(max(reading, writing)),
         int(spilled + output + n_obs * (laid + ROW_BYTES)),

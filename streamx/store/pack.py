@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import pandas as pd
 
 from streamx.config import parse_bytes
 from streamx.errors import IntegrityError, UsageError
+from streamx.memory import give_back
 from streamx.store import layout
 from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame, draft_obs
@@ -38,7 +39,7 @@ from streamx.store.manifest import (
     read_generation,
     run_tag,
 )
-from streamx.store.needs import Needs, at_once, refuse
+from streamx.store.needs import CHUNKS_AT_ONCE, Needs, at_once, refuse
 from streamx.store.obs import Obs, as_obs
 from streamx.store.plan import ShardPlan, plan_shards
 from streamx.store.scratch import pieces
@@ -136,6 +137,7 @@ def write_part(
     finished = start(journal, content.fingerprint, append=append)
     if finished is not None:
         return finished
+    give_back()  # what planning has left
     base = read_generation(location) if append else None
     staged = location.staged(journal.tmp)
     limit, n = parse_bytes(memory), thread_count(threads)
@@ -333,15 +335,25 @@ class _Writer:
 
         def encode(put: Put) -> None:
             low, high = plan.cuts[k]
-            start, stop = plan.rows(low, high)
-            offset = int(plan.ends[start] - plan.ends[0])
             for name, dtype in (("indices", self.index_dtype), ("data", self.data_dtype)):
-                values = self.rows.values(name, plan.first + start, plan.first + stop, dtype)
+                values = self._values(plan, name, dtype, low, high)
                 chunk = matrix_chunk(self.preset, name, dtype)
-                mine = values[low - offset : high - offset]
-                put(f"X/{name}/c/{k}", *matrix_shard(mine, plan.chunk, plan.shard // plan.chunk, chunk))
+                put(f"X/{name}/c/{k}", *matrix_shard(values, plan.chunk, plan.shard // plan.chunk, chunk))
 
         return self._step(f"{plan.path[7:-5]}-{k}", plan.path, encode)
+
+    def _values(
+        self, plan: ShardPlan, name: str, dtype: np.dtype, low: int, high: int
+    ) -> Iterator[np.ndarray]:
+        """Values low..high of a shard, some chunks at a time."""
+        step = plan.chunk * CHUNKS_AT_ONCE
+        cuts = [(first, min(first + step, high)) for first in range(low, high, step)]
+        rows = [plan.rows(*cut) for cut in cuts]
+        ranges = [(plan.first + start, plan.first + stop) for start, stop in rows]
+        found = self.rows.each_values(name, ranges, dtype)
+        for (first, last), (start, _), values in zip(cuts, rows, found, strict=True):
+            offset = int(plan.ends[start] - plan.ends[0])
+            yield values[first - offset : last - offset]
 
     def frame(self, plan: ShardPlan) -> ObjectTable:
         """Everything of a shard but the values: obs, var, obsm, uns, indptr and all metadata."""
@@ -413,6 +425,7 @@ class _Writer:
         self.location.write_all(described)
         table = {key: table[key] for key in sorted(table)}
         self.journal.record(name, table)
+        give_back()
         return table
 
     def _unharmed(self, key: str, expected: list[Any]) -> bool:

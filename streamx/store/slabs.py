@@ -110,7 +110,7 @@ def slabs_of(
     """A file in slabs that `threads` threads can hold at once; it has up to `per_row` values per row."""
     # a slab is held about four times over while it is mapped and sorted: indices and values, 16 bytes each
     row_bytes = 4 * 16 * (per_row + 16)
-    size = int(np.clip(memory / 4 / thread_count(config.threads) / row_bytes, MIN_SLAB_ROWS, MAX_SLAB_ROWS))
+    size = int(np.clip(memory / 6 / thread_count(config.threads) / row_bytes, MIN_SLAB_ROWS, MAX_SLAB_ROWS))
     # the name of a file or key may be anything, a slab's becomes a folder
     name = hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=8).hexdigest()
     for low in range(0, source.n_obs, size):

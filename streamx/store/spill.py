@@ -17,6 +17,7 @@ import numpy as np
 from scipy import sparse
 
 from streamx.compiled import compiled
+from streamx.memory import give_back
 from streamx.store import layout
 from streamx.store.journal import Journal
 from streamx.store.location import ObjectTable, describe
@@ -102,6 +103,8 @@ def _spill_one(slab: Slab, journal: Journal) -> Spilled:
     about: dict[str, Any] = {"maximum": maximum, "counts": counts, "first": first, "last": last}
     about["arrays"] = {part: (values.dtype.str, values.shape) for part, values in arrays.items()}
     journal.record(name, {"rows": describe(rows.data), "files": files, "slab": about})
+    del arrays, values
+    give_back()
     return Spilled(folder, **about)
 
 
@@ -176,11 +179,23 @@ class Spill:
 
     def values(self, name: str, start: int, stop: int, dtype: Any) -> np.ndarray:
         """`indices` or `data` of the destination rows start..stop, concatenated in row order."""
-        begin = np.asarray(self.ends[start : stop + 1] - self.ends[start])
-        out = np.empty(int(begin[-1]), dtype=dtype)
-        for slab, rows, low, high in self._pieces(start, stop):
-            _copy_rows(slab.array("indptr"), slab.array(name), np.arange(low, high), begin, rows - start, out)
-        return out
+        return next(self.each_values(name, [(start, stop)], dtype))
+
+    def each_values(self, name: str, ranges: Sequence[tuple[int, int]], dtype: Any) -> Iterator[np.ndarray]:
+        """The same of ascending ranges, one after the other; what says where they lie is read once."""
+        found = [
+            (slab, rows, np.asarray(slab.array("indptr")[low : high + 1]))
+            for slab, rows, low, high in self._pieces(ranges[0][0], ranges[-1][1])
+        ]
+        for start, stop in ranges:
+            begin = np.asarray(self.ends[start : stop + 1] - self.ends[start])
+            out = np.empty(int(begin[-1]), dtype=dtype)
+            for slab, rows, indptr in found:
+                low, high = np.searchsorted(rows, [start, stop]).tolist()
+                if low < high:
+                    mine = np.arange(low, high)
+                    _copy_rows(indptr, slab.array(name), mine, begin, rows[mine] - start, out)
+            yield out
 
     def dense(self, name: str, start: int, stop: int, width: int, dtype: Any) -> np.ndarray:
         """Rows start..stop of a dense matrix; zeros where a slab doesn't have it."""

@@ -37,6 +37,7 @@ def lay_query(
     options: dict[str, Any],
     *,
     new_labels: str,
+    mask_missing: bool,
 ) -> Collection:
     """A view of the cells of some of a query's batches.
 
@@ -48,6 +49,8 @@ def lay_query(
         ``memory`` and ``threads``.
     new_labels
         ``refuse`` labels that the model does not know, or ``keep`` them.
+    mask_missing
+        Leave genes out that a file of the query lacks.
 
     Raises
     ------
@@ -56,6 +59,10 @@ def lay_query(
     """
     kept = lay_blocks(blocks, query.scratch / "blocks", len(model.genes))
     wanted_b = np.isin(query.batches, batches)
+    genes = np.arange(len(model.genes))
+    if mask_missing:
+        missing = {name for gene_map in query.maps for name in gene_map.missing}
+        genes = np.array([g for g, name in enumerate(model.genes) if name not in missing])
     found, reads, place = [], [], 0
     measured = {name: np.zeros(len(model.schema.proteins), bool) for name in batches}
     for number, block in enumerate(kept):
@@ -64,7 +71,7 @@ def lay_query(
         frame["batch"] = np.array(query.batches, dtype=object)[block.batch_n[mine]]
         frame[PLACE] = place + mine
         found.append(frame)
-        reads.append(partial(_read_block, model, query, kept, number, mine))
+        reads.append(partial(_read_block, model, query, kept, number, mine, genes))
         if measured and model.schema.proteins:
             _note_measured(measured, query_proteins(model, query, block.row_n[mine]), frame["batch"])
         place += len(block.row_n)
@@ -74,7 +81,8 @@ def lay_query(
             f"no cell of {', '.join(batches)} passes", where=query.name, fix="a lower --min-features"
         )
     _check_labels(model, query, obs, new_labels)
-    return _write(model, obs, list(zip(map(len, found), reads, strict=True)), measured, path, options)
+    pieces = list(zip(map(len, found), reads, strict=True))
+    return _write(model, genes, obs, pieces, measured, path, options)
 
 
 def _note_measured(measured: dict[str, np.ndarray], y_np: np.ndarray, batch_n: pd.Series) -> None:
@@ -86,8 +94,10 @@ def _note_measured(measured: dict[str, np.ndarray], y_np: np.ndarray, batch_n: p
 def merge_cells(
     model: Model, views: Sequence[Collection], batch: str, path: Path, options: dict[str, Any]
 ) -> Collection:
-    """A view of all cells of a batch, from those of several files."""
+    """A view of all cells of a batch, from those of several files, on the genes that all of these have."""
     found, reads = [], []
+    shared = set.intersection(*({str(name) for name in view.var_names} for view in views))
+    genes = np.array([g for g, name in enumerate(model.genes) if name in shared])
     measured_p = np.zeros(len(model.schema.proteins), bool)
     for view in views:
         if model.schema.protein_key is not None:
@@ -95,8 +105,8 @@ def merge_cells(
         start, stop = rows_of(view, batch)
         found.append(view.obs.iloc[start:stop])
         for low, high in view.iter_rows(BLOCK_ROWS, start, stop):
-            reads.append((high - low, partial(_read_view, model, view, low, high)))
-    return _write(model, pd.concat(found), reads, {batch: measured_p}, path, options)
+            reads.append((high - low, partial(_read_view, model, view, low, high, genes)))
+    return _write(model, genes, pd.concat(found), reads, {batch: measured_p}, path, options)
 
 
 def rows_of(view: Collection, batch: str) -> tuple[int, int]:
@@ -113,16 +123,24 @@ def _columns(model: Model) -> list[str]:
 
 
 def _read_block(
-    model: Model, query: Query, kept: Any, number: int, mine: np.ndarray
+    model: Model, query: Query, kept: Any, number: int, mine: np.ndarray, genes: np.ndarray
 ) -> tuple[Any, dict[str, np.ndarray]]:
     block, key = kept.block(number), model.schema.protein_key
     dense = {} if key is None else {key: query_proteins(model, query, block.row_n[mine])}
-    return block.x_ng[mine], dense
+    return _of_genes(block.x_ng[mine], genes), dense
 
 
-def _read_view(model: Model, view: Collection, low: int, high: int) -> tuple[Any, dict[str, np.ndarray]]:
+def _read_view(
+    model: Model, view: Collection, low: int, high: int, genes: np.ndarray
+) -> tuple[Any, dict[str, np.ndarray]]:
     key = model.schema.protein_key
-    return view.read(low, high), {} if key is None else {key: view.read_obsm(key, low, high)}
+    chosen = view.var_names.get_indexer([model.genes[g] for g in genes])
+    dense = {} if key is None else {key: view.read_obsm(key, low, high)}
+    return _of_genes(view.read(low, high), chosen), dense
+
+
+def _of_genes(x_ng: Any, genes: np.ndarray) -> Any:
+    return x_ng if len(genes) == x_ng.shape[1] else x_ng[:, genes]
 
 
 def _check_labels(model: Model, query: Query, obs: pd.DataFrame, new_labels: str) -> None:
@@ -142,6 +160,7 @@ def _check_labels(model: Model, query: Query, obs: pd.DataFrame, new_labels: str
 
 def _write(
     model: Model,
+    genes: np.ndarray,
     obs: pd.DataFrame,
     reads: Sequence[tuple[int, Read]],
     measured: dict[str, np.ndarray],
@@ -169,7 +188,7 @@ def _write(
     content = Content(
         kind="view",
         obs=obs.assign(batch=batch_n).iloc[order],
-        var=pd.DataFrame(index=list(schema.genes)),
+        var=pd.DataFrame(index=[schema.genes[g] for g in genes]),
         batch_key="batch",
         fingerprint={"cells": len(obs)},
         obsm=obsm,

@@ -23,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
+import streamx
 from streamx.config import (
     TRAINING,
     FreezeConfig,
@@ -42,16 +44,17 @@ from streamx.query import Request, open_query, read_blocks, requests
 from streamx.store.amend import amend
 from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference
+from streamx.store.latents import write_latents
 from streamx.store.location import Location, Put, open_location
 from streamx.surgery.arrivals import arrivals
 from streamx.surgery.cells import PLACE, lay_query, merge_cells, rows_of
-from streamx.train.build import TAKES_ROWS
+from streamx.train.build import TAKES_ROWS, n_latent_of
 from streamx.train.cells import columns_of
 from streamx.train.counts import latents
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
-from streamx.train.model import CARD, WEIGHTS, Model, load_model, read_card, save_weights, seal
-from streamx.train.surgery import learn_batch
+from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, load_model, read_card, save_weights, seal
+from streamx.train.surgery import learn_batch, measured_in, narrowed
 from streamx.train.task import Run
 
 log = logging.getLogger("streamx")
@@ -81,7 +84,8 @@ def surgery(
     Parameters
     ----------
     reference
-        Folder of a scvi, scanvi, totalvi or trvae model.
+        Folder of a scvi, scanvi, totalvi or trvae model, also one that another tool wrote. That one holds no
+        cells: files of its own batches, which are only projected, bring them.
     queries
         As for :func:`streamx.project`: each file is a query, and without ``batch_key`` one batch.
     output
@@ -110,6 +114,12 @@ def surgery(
     asked = requests(queries) if queries or watch is None else []
     first = load_model(source)
     _check(first, options)
+    if config.refit and out.shared:
+        raise UsageError(
+            "refit keeps cells beside the model, which it does not do in a bucket",
+            where=str(out),
+            fix="give a folder; or leave --refit out",
+        )
     reports = []
     with Journal(out, {"reference": first.id, "settings": _decisive(config, options)}) as journal:
         _begin(source, out, first)
@@ -178,13 +188,47 @@ def _begin(source: Location, out: Location, model: Model) -> None:
                 fix="choose another folder, or name the reference that it was made from",
             )
         return
-    files = model.card["files"]
-    for key in files:
+    if "files" not in model.card:
+        _adopt(out, model)
+        return
+    for key in model.card["files"]:
         out.write(key, source.read(key))
     for name in ["reference.zarr", *model.card.get("added", [])]:
         copy_tree(source.below(name), out.below(name))
-    fresh = {"origin": model.id, "earlier": [], "added": [], "surgery": [], "weights": WEIGHTS}
+    fresh = {"earlier": [], "added": [], "surgery": [], "weights": WEIGHTS}
     out.write(CARD, seal(fresh | model.card | {"origin": model.id}))
+
+
+def _adopt(out: Location, model: Model) -> None:
+    """Another tool's model as ours, without cells: files of its batches bring them."""
+    digest, described = save_weights(out, model.module, {})
+    nobody = np.zeros((0, n_latent_of(model.module.config)), np.float32)
+    write_latents(
+        out.below("reference.zarr"),
+        pd.DataFrame(index=pd.Index([], dtype=object)),
+        {model.latent_key: nobody},
+        {"streamx": {"model": digest}},
+    )
+    recipe = {"min_features": model.min_features, "drop": list(model.drop), "total": model.total}
+    card = {
+        "format": FORMAT,
+        "model": model.kind,
+        "id": digest,
+        **asdict(model.schema),
+        "network": asdict(model.module.config),
+        "norm": None,
+        "preprocessing": {"transform": {}, "recipe": recipe, "parameters": {}},
+        "settings": {},
+        "training": {"made_by": model.card["origin"]},
+        "versions": {"streamx": streamx.__version__},
+        "files": {WEIGHTS: described},
+        "origin": model.id,
+        "earlier": [],
+        "added": [],
+        "surgery": [],
+        "weights": WEIGHTS,
+    }
+    out.write(CARD, seal(card))
 
 
 # -- one file ------------------------------------------------------------------------------------------
@@ -220,7 +264,14 @@ def _add(
         if learnable:
             shutil.rmtree(home, ignore_errors=True)
             view = lay_query(
-                model, query, learnable, blocks, home, _reading(config), new_labels=config.new_labels
+                model,
+                query,
+                learnable,
+                blocks,
+                home,
+                _reading(config),
+                new_labels=config.new_labels,
+                mask_missing=config.mask_missing,
             )
     finally:
         query.close()
@@ -389,7 +440,8 @@ def _encoded_again(
             view, key = _kept(out, entry["name"]), model.latent_key
             columns = columns_of(view, model.schema, torch.device("cpu"))
             options = {"device": torch.device("cpu"), "sparse": model.kind in TAKES_ROWS, **_reading(config)}
-            found_nk = latents(model.module, view, columns, **options)
+            module = narrowed(model.kind, model.schema, model.module, measured_in(view, model.schema))
+            found_nk = latents(module, view, columns, **options)
             z_nk = read_cells(out.below(fresh), fresh).latent_nk
             again = np.isin(view.obs_column("batch").astype(str), batches)
             z_nk[view.obs_column(PLACE).to_numpy()[again]] = found_nk[again]

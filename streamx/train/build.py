@@ -13,7 +13,7 @@ from streamx.config import NETWORKS, build
 from streamx.schema import Schema
 
 # Models that take sparse rows on the CPU.
-TAKES_ROWS = ("scalex", "scvi", "scanvi", "trvae")
+TAKES_ROWS = ("scalex", "scvi", "scanvi", "totalvi", "trvae")
 
 
 def network_of(kind: str, settings: Mapping[str, Any]) -> Any:

@@ -84,7 +84,7 @@ class Columns:
     protein_key: str | None
 
     def cells(self, minibatch: Minibatch) -> Cells:
-        """A minibatch of the loader as the model takes it."""
+        """A minibatch of the loader as the model takes it; a cell without proteins (NaN) has none of any."""
         x_ng = minibatch.x_ng
         row_n = torch.as_tensor(minibatch.row_n)
         of_rows = [None if t is None else t[row_n] for t in (self.label_n, self.category_nc)]
@@ -96,7 +96,7 @@ class Columns:
             label_n=label_n,
             category_nc=category_nc,
             continuous_nc=None if self.continuous_nc is None else self.continuous_nc[row_n],
-            protein_np=None if key is None else torch.as_tensor(minibatch.obsm[key]),
+            protein_np=None if key is None else torch.nan_to_num(torch.as_tensor(minibatch.obsm[key])),
         )
 
 

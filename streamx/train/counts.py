@@ -35,6 +35,7 @@ LN_DRAWS = 5000  # of a logistic-normal latent
 FEW_PROTEINS = 10  # up to here mixtures of a cell's proteins say nothing
 STRETCHES, STRETCH = 20, 32  # that a sample of a batch's proteins is taken from, and cells in each
 ADVERSARY_LR = 1e-3
+FEWEST = 3  # cells of a minibatch that is not full, in training: batch norm needs several
 
 
 def schema_of(view: Collection, config: TrainConfig) -> Schema:
@@ -208,7 +209,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
         view,
         config.minibatch_size,
         rows=parts["train"],
-        drop_last=True,
+        drop_last=_drops_last(_number(parts["train"], view.n_obs), config),
         seed=config.seed,
         rank=ranks.rank,
         world=ranks.world,
@@ -222,7 +223,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
             view,
             config.minibatch_size,
             rows=with_label,
-            drop_last=True,
+            drop_last=True,  # they go round: every one has its turn
             seed=config.seed + 1,
             rank=ranks.rank,
             world=ranks.world,
@@ -286,6 +287,20 @@ def _parts(n: int, rows: tuple[int, int] | None, config: TrainConfig) -> dict[st
         return {"train": rows, "validation": None}
     within = split(high - low, {"train": share, "validation": 1 - share}, seed=config.seed)
     return {name: np.pad(mask, (low, n - high)) for name, mask in within.items()}
+
+
+def _drops_last(n_cells: int, config: TrainConfig) -> bool:
+    """Whether an epoch leaves out what does not fill a minibatch.
+
+    It trains on it as scvi-tools does: of a small query it may be a third of the steps.
+    """
+    return n_cells % config.minibatch_size < FEWEST
+
+
+def _number(rows: Any, n: int) -> int:
+    """How many of n cells a selection of rows has."""
+    chosen = selection(rows, n)
+    return len(range(n)[chosen]) if isinstance(chosen, slice) else len(chosen)
 
 
 def _labelled(columns: Columns, train: Any, n: int) -> np.ndarray:

@@ -74,7 +74,7 @@ def run_task(run: Run, task: Task, n_cells: int, progress: bool) -> Trained:
         whole_step=RecordedStep(optimizer, task.loss, precision) if recorded else None,
         validate=task.validate,
         lr=config.lr,
-        judge_from=warm_up_epochs(config, n_cells, per_epoch),
+        judge_from=judged_from(config, n_cells, per_epoch),
         keep=keep,
         ranks=ranks,
         progress=progress and ranks.first,
@@ -102,6 +102,15 @@ def warm_up_epochs(config: TrainConfig, n_cells: int, steps_per_epoch: int) -> i
     if steps is not None:
         return -(-steps // max(1, steps_per_epoch))
     return config.warmup_epochs or 0
+
+
+def judged_from(config: TrainConfig, n_cells: int, steps_per_epoch: int) -> int:
+    """The first epoch that counts for early stopping and the learning rate: losses have their final weights.
+
+    trVAE's does not look at the first patience - 1 epochs either (scArches).
+    """
+    warm = warm_up_epochs(config, n_cells, steps_per_epoch)
+    return max(warm, config.patience - 1) if config.model == "trvae" else warm
 
 
 def n_epochs_of(config: TrainConfig, n_cells: int, steps_per_epoch: int) -> int:

@@ -18,7 +18,9 @@ import streamx
 from streamx.config import ARCHES, TRAINING, TrainConfig, build
 from streamx.errors import BadValuesError, EmptyError, SettingsChangedError, UsageError, warn
 from streamx.schema import Schema
+from streamx.store.bucket import scratch_folder
 from streamx.store.collection import Collection, open_collection
+from streamx.store.columns import obs_of
 from streamx.store.journal import Journal, first_difference
 from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
@@ -209,7 +211,9 @@ def _write(
     uns = {"streamx": {"model": digest, "batch_key": view.batch_key}}
     if config.norm is not None:
         uns["streamx"]["norm"] = config.norm
-    write_latents(location.below("reference.zarr"), view.obs, {f"X_{config.model}": found.z_nk}, uns)
+    with scratch_folder() as folder:
+        obs = obs_of(view, folder)
+        write_latents(location.below("reference.zarr"), obs, {f"X_{config.model}": found.z_nk}, uns)
     card = {
         "format": FORMAT,
         "model": config.model,

@@ -13,7 +13,10 @@ from streamx.config import FreezeConfig, TrvaeFreezeConfig
 from streamx.models.freeze import freeze, trainable
 from streamx.models.freeze_trvae import trainable_trvae
 from streamx.models.grow import extended
+from streamx.schema import Schema
+from streamx.store.collection import Collection
 from streamx.train import counts
+from streamx.train.build import build_module
 from streamx.train.engine import run_task
 from streamx.train.fit import State, seed_of
 from streamx.train.task import Run
@@ -30,7 +33,8 @@ def learn_batch(
     ----------
     run
         View, settings and schema, which has the new batch as its last one. With weight decay 0 nothing but
-        what `options` frees moves.
+        what `options` frees moves. A view of some of the model's genes: the others are left out of the
+        likelihood.
     module
         The model so far; it stays as it is.
     rows
@@ -38,12 +42,61 @@ def learn_batch(
     """
     key, seed = zlib.crc32(batch.encode()), run.config.seed
     grown = with_batch(run, module.cpu(), batch, rows)
-    plan = trainable_trvae(grown, 1) if run.config.model == "trvae" else trainable(grown, 1, options)
-    freeze(grown, plan)
+    measured = measured_in(run.view, run.schema)
+    learning = narrowed(run.config.model, run.schema, grown, measured)
+    plan = trainable_trvae(learning, 1) if run.config.model == "trvae" else trainable(learning, 1, options)
+    freeze(learning, plan)
     of_batch = replace(run, config=replace(run.config, seed=seed_of(seed, 4, key) % 2**31))
-    task = counts.task_of(of_batch, grown.to(run.device), rows)
+    task = counts.task_of(of_batch, learning.to(run.device), rows)
     trained = run_task(of_batch, task, rows[1] - rows[0], progress)
+    if measured is not None:
+        widen(grown, learning, measured)
     return grown.requires_grad_(True), trained.state
+
+
+def measured_in(view: Collection, schema: Schema) -> Tensor | None:
+    """Positions of a view's genes among the model's; None where it has all."""
+    genes = [str(name) for name in view.var_names]
+    if len(genes) == len(schema.genes):
+        return None
+    position = {name: g for g, name in enumerate(schema.genes)}
+    return torch.tensor([position[name] for name in genes])
+
+
+def narrowed(kind: str, schema: Schema, module: Any, measured: Tensor | None) -> Any:
+    """The model on some of its genes (None: all): what it would say of a cell if the others did not exist.
+
+    Its encoder is the same function, since a gene without counts adds nothing to the first layer; the
+    decoder's shares are those among these genes.
+    """
+    if measured is None:
+        return module
+    genes = tuple(schema.genes[g] for g in measured.tolist())
+    made = build_module(kind, replace(schema, genes=genes), module.config)
+    state = {}
+    for name, value in made.state_dict().items():
+        full = module.state_dict()[name]
+        axis = _other_axis(full, value)
+        state[name] = full if axis is None else full.index_select(axis, measured)
+    made.load_state_dict(state)
+    return made.train(module.training)
+
+
+@torch.no_grad()
+def widen(module: Any, narrow: Any, measured: Tensor) -> None:
+    """Bring back what a narrowed model has learnt; of other genes everything stays."""
+    learnt = narrow.cpu().state_dict()
+    for name, value in module.state_dict().items():
+        axis = _other_axis(value, learnt[name])
+        if axis is None:
+            value.copy_(learnt[name])
+        else:
+            value.index_copy_(axis, measured, learnt[name])
+
+
+def _other_axis(a: Tensor, b: Tensor) -> int | None:
+    """The axis in which two tensors differ in length."""
+    return next((d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n), None)
 
 
 def with_batch(run: Run, module: Any, batch: str, rows: tuple[int, int] | None = None) -> Any:

@@ -3,9 +3,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
-from streamx.loader.prefetch import prefetched
+from streamx.loader.prefetch import Pool, prefetched
 
 
 def alive() -> list[str]:
@@ -92,3 +93,19 @@ def test_an_iterator_in_a_cycle_is_collected() -> None:
     del node
     gc.collect()
     assert alive() == []
+
+
+def test_arrays_are_given_again_for_their_purpose_alone() -> None:
+    pool = Pool(4)
+    data = pool(1000, np.float32)
+    address = data.ctypes.data
+    view = data[10:20]
+    del data
+    assert pool(1000, np.float32).ctypes.data != address  # a slice of it is held
+    del view
+    held = [pool(900, np.float32), pool(900, np.float32)]
+    assert address in [array.ctypes.data for array in held]
+    assert pool(900, np.int32).ctypes.data not in [array.ctypes.data for array in held]
+    del held
+    pool(5000, np.float32)  # what is too short for what is asked for now goes
+    assert [len(array) for array in pool._arrays[np.dtype(np.float32)]] == [5000 + 625]

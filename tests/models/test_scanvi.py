@@ -113,6 +113,17 @@ def test_labels_enter_through_the_classification_alone() -> None:
     torch.testing.assert_close(old.loss(given, 1.0, seed())["classification"], want)
 
 
+def test_cells_without_a_column_of_labels_are_unlabelled_ones() -> None:
+    """A query that is mapped by surgery may have no such column."""
+    module, given = Scanvi(Scvi(20, 2, CONFIG), 2), cells()
+    found = [
+        module.loss(replace(given, label_n=y), 0.5, seed(1))
+        for y in (None, torch.full_like(given.batch_n, -1))
+    ]
+    assert found[0]["classification"] == 0
+    assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
+
+
 def test_it_learns_labels_from_scvi() -> None:
     config = replace(CONFIG, use_batch_norm="none")  # whose running statistics are slow
     vae = Scvi(20, 2, config, generator=seed(4))

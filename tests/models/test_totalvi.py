@@ -79,20 +79,39 @@ def test_parity_with_scvi_tools(reference: tuple[Totalvi, Cells, dict[str, np.nd
         np.testing.assert_allclose(got.detach().numpy(), f[name], atol=1e-5, rtol=0, err_msg=name)
 
 
+@pytest.mark.parametrize("latent_library", [False, True])
+@pytest.mark.parametrize("n", [20, 2], ids=["many cells", "fewer cells than batches"])
+@pytest.mark.parametrize("dispersion", ["gene", "gene-batch", "gene-label"])
 @pytest.mark.parametrize("config", [SMALL, NEW], ids=["documented", "new"])
-def test_sparse_rows_equal_a_tensor(config: TotalviConfig) -> None:
-    cells = some_cells()
+def test_sparse_rows_equal_a_tensor(
+    config: TotalviConfig, dispersion: str, n: int, latent_library: bool
+) -> None:
+    """All losses, and the gradients of all weights, up to float32 rounding."""
+    config = replace(config, gene_dispersion=dispersion, use_observed_lib_size=not latent_library)
+    cells = some_cells(n)
     rows = replace(cells, x_ng=Rows.of(sp.csr_matrix(cells.x_ng.numpy())))
-    results = []
+    found = []
     for given in (cells, rows):
-        model = small(config)
-        losses = model.loss(given, 0.5, generator())
+        model = small(config, library_b=(np.full(3, 2.0), np.ones(3)))
+        losses, z_nk = model.loss_and_latent(given, 0.5, generator())
         losses["loss"].backward()
-        results.append((losses, model.encoder.stack.layers[0].columns.linear.weight.grad))
-    (dense, dense_grad), (sparse, sparse_grad) = results
-    for name, value in dense.items():
-        torch.testing.assert_close(sparse[name], value, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sparse_grad, dense_grad, rtol=1e-4, atol=1e-5)
+        grads = {name: table.grad for name, table in model.named_parameters() if table.grad is not None}
+        found.append(({name: value.detach() for name, value in losses.items()}, z_nk.detach(), grads))
+    assert {f"log_theta_g{dispersion[5:6]}", "decoder.scale.linear.weight"} <= found[1][2].keys()
+    torch.testing.assert_close(found[1], found[0], rtol=3e-5, atol=3e-5)
+
+
+@pytest.mark.parametrize("given", ["tensor", "rows"])
+def test_means_of_the_terms_are_the_losses(given: str) -> None:
+    cells = some_cells()
+    if given == "rows":
+        cells = replace(cells, x_ng=Rows.of(sp.csr_matrix(cells.x_ng.numpy())))
+    model = small(NEW).eval()
+    losses, terms = model.loss(cells, 0.5, generator()), model.terms(cells, generator())
+    assert list(losses) == ["loss", *terms]
+    for name, term_n in terms.items():
+        assert term_n.shape == (20,)
+        torch.testing.assert_close(losses[name], term_n.mean(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("config", [SMALL, NEW], ids=["documented", "new"])

@@ -62,6 +62,38 @@ def test_the_old_batches_keep_their_bits(n_old: int) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("latent_library", [False, True])
+@pytest.mark.parametrize(
+    ("option", "stacks"),
+    [
+        ("freeze_expression", ["encoder.stack", "encoder.library"]),
+        ("freeze_decoder_first_layer", ["decoder.gene"]),
+    ],
+)
+def test_first_layers_that_an_option_frees(option: str, stacks: list[str], latent_library: bool) -> None:
+    """Those of scvi-tools: both networks of the encoder, and the genes' part of the decoder (px_decoder)."""
+    config = replace(CONFIG, n_layers_decoder=2, use_observed_lib_size=not latent_library)
+    library = (np.ones(2), np.ones(2))
+    module = Totalvi(20, 2, config, n_proteins=5, library_b=library)
+    given = {"library_mean_b": torch.ones(1), "library_var_b": torch.ones(1)} if latent_library else {}
+    grown = extended(module, seeds(5), given).train()
+    frozen = trainable(grown, 1).moves
+    plan = trainable(grown, 1, replace(FreezeConfig(), **{option: False}))
+    freeze(grown, plan)
+    own = {
+        f"{stack}.layers.0.columns.{name}" for stack in stacks for name in ("linear.weight", "linear.bias")
+    }
+    proteins = {f"{stack}.layers.0.columns.continuous" for stack in stacks if stack.startswith("encoder")}
+    assert plan.moves.keys() - frozen.keys() == own | proteins
+    before = {name: value.clone() for name, value in grown.state_dict().items()}
+    steps = Adam(grown, 1e-2, 0.0)
+    grown.loss(cells([2]), 1.0, seeds(1)[0])["loss"].backward()
+    steps.step()
+    for name in own | proteins:
+        unused = name.startswith("encoder.library") and not latent_library
+        assert torch.equal(grown.state_dict()[name], before[name]) == unused, name
+
+
 def test_only_the_new_batch_moves_and_a_query_without_proteins_is_mapped() -> None:
     module = Totalvi(20, 2, CONFIG, n_proteins=5)
     given = {"measured_bp": torch.zeros(1, 5, dtype=torch.bool)}

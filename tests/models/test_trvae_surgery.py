@@ -68,11 +68,11 @@ def test_growth(n_old: int) -> None:
         assert torch.equal(old, new)
 
 
-def test_columns_are_drawn_as_at_the_beginning() -> None:
-    block = Trvae(4, 3, TrvaeConfig()).encoder.blocks[0]
-    column = block.new_batch("batch", seed(1))
-    assert column.shape == (256,)
-    assert column.abs().max().item() == pytest.approx(0.5, rel=0.05)  # 1 / sqrt(4 batches)
+def test_columns_are_drawn_alike_however_many_there_are() -> None:
+    drawn = [Trvae(4, n, TrvaeConfig()).encoder.blocks[0].new_batch("batch", seed(1)) for n in (1, 3)]
+    assert drawn[0].shape == (256,)
+    assert drawn[0].abs().max().item() == pytest.approx(2**-0.5, rel=0.05)  # as with two batches
+    assert torch.equal(*drawn)
 
 
 @pytest.mark.parametrize(

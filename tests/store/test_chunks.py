@@ -16,6 +16,7 @@ from streamx.errors import IntegrityError
 from streamx.store import layout
 from streamx.store.chunks import Chunks, open_chunks
 from streamx.store.folder import Folder
+from streamx.store.kept import Kept
 
 N, CHUNK = 10_007, 1024
 
@@ -33,7 +34,7 @@ def write(folder: Path, preset: str, dtype: str, per_shard: int = 3, name: str =
 
 
 def opened(folder: Path, name: str = "data") -> Chunks:
-    found = open_chunks(Folder(folder / "store"), f"X/{name}", {})
+    found = open_chunks(Folder(folder / "store"), f"X/{name}", {}, Kept())
     assert found is not None
     return found
 
@@ -67,9 +68,9 @@ def test_any_range(tmp_path_factory: pytest.TempPathFactory, a: int, b: int) -> 
 
 def test_other_layouts_are_left_to_zarr(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "store/plain", shape=(10,), dtype="u2", chunks=(5,), zarr_format=3)
-    assert open_chunks(Folder(tmp_path / "store"), "plain", {}) is None
+    assert open_chunks(Folder(tmp_path / "store"), "plain", {}, Kept()) is None
     zarr.create_array(tmp_path / "store/flat", shape=(4, 4), dtype="u2", chunks=(2, 2), shards=(4, 4))
-    assert open_chunks(Folder(tmp_path / "store"), "flat", {}) is None
+    assert open_chunks(Folder(tmp_path / "store"), "flat", {}, Kept()) is None
 
 
 def test_every_flipped_bit_is_detected(tmp_path: Path) -> None:
@@ -96,11 +97,11 @@ def test_lost_objects_and_metadata(tmp_path: Path) -> None:
     write(tmp_path, "default", "uint16", per_shard=3)
     location = Folder(tmp_path / "store")
     (tmp_path / "store/X/data/c/2").unlink()
-    reader = open_chunks(location, "X/data", {"X/data/c/2": [1000, "0"]})
+    reader = open_chunks(location, "X/data", {"X/data/c/2": [1000, "0"]}, Kept())
     assert reader is not None
     read_values(reader, 0, 2 * 3 * CHUNK)
     with pytest.raises(IntegrityError, match="missing"):
         read_values(reader, 0, N)
     about = json.loads(location.read("X/data/zarr.json"))
     with pytest.raises(IntegrityError, match="metadata"):
-        open_chunks(location, "X/data", {"X/data/zarr.json": [len(str(about)), "00000000"]})
+        open_chunks(location, "X/data", {"X/data/zarr.json": [len(str(about)), "00000000"]}, Kept())

@@ -21,6 +21,7 @@ from streamx.store.draft import Draft, draft_anndata_shell, draft_frame
 from streamx.store.folder import Folder
 from streamx.store.frame import read_frame
 from streamx.store.journal import Journal, first_difference
+from streamx.store.kept import Kept
 from streamx.store.location import describe
 from streamx.store.manifest import MARKER, read_generation
 from streamx.store.pack import Content, write_part
@@ -232,7 +233,7 @@ def test_beyond_2_31_values(tmp_path: Path) -> None:
     )  # fmt: skip
     values = np.random.default_rng(0).integers(1, 255, 5000).astype(np.uint8)
     array[n - 5000 : n] = values
-    reader = open_chunks(Folder(tmp_path / "store"), "data", {})
+    reader = open_chunks(Folder(tmp_path / "store"), "data", {}, Kept())
     assert reader is not None
     np.testing.assert_array_equal(read_values(reader, n - 5000, n), values)
     np.testing.assert_array_equal(read_values(reader, n - 7, n - 2), values[-7:-2])

@@ -191,7 +191,7 @@ def test_labels_transfer_from_all_cells_of_the_update(home: Path, tmp_path: Path
     )
     found = sx.transfer(tmp_path / "u", tmp_path / "out", label_key="type", truth_key="type")
     assert found["accuracy"] > 0.6
-    assert sx.metrics(tmp_path / "u", label_key="type")["details"]["n_cells"] == 540
+    assert read_reference(tmp_path / "u").column("type").isna().sum() == 80
 
 
 def test_new_labels_are_refused_or_kept(home: Path, tmp_path: Path) -> None:
@@ -254,3 +254,30 @@ def test_card_names_every_file(home: Path, tmp_path: Path) -> None:
     assert len(card["earlier"]) == 2
     weights = [path.name for path in (tmp_path / "u").glob("model*.safetensors")]
     assert weights == [card["weights"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_missing_genes_are_zero_or_left_out(kind: str, home: Path, tmp_path: Path) -> None:
+    """Without a fifth of the genes, both ways work; the reference's weights keep their bits in both."""
+    cells = ad.read_h5ad(home / "q3.h5ad")[:, 6:].copy()
+    options = FAST | {"max_epochs": 15}
+    losses = {}
+    for mask in (False, True):
+        updated = tmp_path / str(mask)
+        [report] = sx.surgery(home / kind, {"q3": cells}, updated, mask_missing=mask, **options)
+        assert report["gene_overlap"] == pytest.approx(0.8)
+        losses[mask] = report["learnt"]["b3"]["loss"]
+    assert losses[True] != losses[False]
+    old, new = (load_model(folder).module.state_dict() for folder in (home / kind, tmp_path / "True"))
+    for name, value in old.items():  # widened again: the reference's weights, bit for bit
+        grown = new[name]
+        same = grown if grown.shape == value.shape else grown[tuple(slice(n) for n in value.shape)]
+        assert (same == value).all(), name
+
+
+def test_refit_of_files_with_different_genes(home: Path, tmp_path: Path) -> None:
+    halves = [ad.read_h5ad(home / f"half{n}.h5ad") for n in (1, 2)]
+    options = FAST | {"refit": True, "mask_missing": True}
+    sx.surgery(home / "scvi", {"one": halves[0][:, 3:].copy()}, tmp_path / "u", **options)
+    [report] = sx.surgery(home / "scvi", {"two": halves[1][:, :-3].copy()}, tmp_path / "u", **options)
+    assert report["learnt"]["b3"]["cells"] == 100

@@ -19,7 +19,7 @@ from streamx.models.scvi import Scvi
 from streamx.store.collection import Collection
 from streamx.train import engine, run
 from streamx.train.counts import kl_weight, latent_of, log_library
-from streamx.train.engine import n_epochs_of, warm_up_epochs
+from streamx.train.engine import judged_from, n_epochs_of, warm_up_epochs
 from streamx.train.model import load_model
 
 SMALL: dict[str, dict[str, Any]] = {
@@ -81,6 +81,15 @@ def test_killed_training_ends_with_the_same_bits(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "killed" / name).read_bytes()
 
 
+@pytest.mark.parametrize(("size", "steps"), [(60, 7), (56, 8), (99, 4), (131, 4), (197, 2), (395, 1)])
+def test_an_epoch_trains_on_what_is_left_over(
+    size: int, steps: int, view: Collection, tmp_path: Path
+) -> None:
+    """Of the 396 cells that train; but for one or two, which are too few for a batch norm."""
+    settings = {"model": "scvi", "n_hidden": 4, "minibatch_size": size, "max_epochs": 1}
+    assert sx.train(view, tmp_path / "model", **settings).steps == steps
+
+
 def test_weight_of_the_kl_divergence() -> None:
     by_epochs = TrainConfig(model="scvi", warmup_epochs=400)
     assert [kl_weight(by_epochs, 1000, epoch, 0) for epoch in (0, 200, 400, 500)] == [0, 0.5, 1, 1]
@@ -106,6 +115,14 @@ def test_warm_up_is_not_judged(view: Collection, tmp_path: Path) -> None:
     settings = {"model": "scvi", "n_hidden": 8, "max_epochs": 6, "patience": 1, "lr": 1e-9}
     done = sx.train(view, tmp_path / "model", warmup_epochs=4, **settings)
     assert done.epochs > 4
+
+
+def test_trvae_is_judged_when_its_patience_could_have_ended(view: Collection, tmp_path: Path) -> None:
+    """As by scArches: with patience 3 the epochs from the third on count, and the sixth ends it."""
+    settings = {"model": "trvae", "hidden_layer_sizes": (8,), "max_epochs": 9, "lr": 1e-9, "weight_decay": 0}
+    done = sx.train(view, tmp_path / "model", patience=3, threshold=1e6, **settings)
+    assert done.epochs == 6
+    assert judged_from(TrainConfig(model="trvae", patience=20, warmup_epochs=50), 1000, 8) == 50
 
 
 def test_covariates_enter_and_are_needed(view: Collection, tmp_path: Path) -> None:

@@ -160,6 +160,25 @@ def test_scalex_ends_near_one_process(tmp_path: Path) -> None:
     assert abs(np.mean(ratios) - 1) < 0.01, ratios
 
 
+@pytest.mark.parametrize("kind", ["scvi", "scanvi"])
+def test_scvi_of_two_processes_equals_one(kind: str, tmp_path: Path) -> None:
+    """Layer norm: nothing ties cells together. One process takes the same two minibatches per step."""
+    view = write_view(tmp_path / "view", [96, 64, 96], n_genes=30)
+    settings: dict[str, Any] = {"model": kind, "max_epochs": 3, "minibatch_size": 16, "n_hidden": 16}
+    settings |= {"train_size": 1, "seed": 3, "threads": 1}
+    more = ["--arches"] + (["--label-key=type", "--base-epochs=1"] if kind == "scanvi" else [])
+    one = run(
+        sys.executable, *command(view.path, tmp_path / "one", accumulate=2, **settings), *more, cwd=tmp_path
+    )
+    two = run(*TORCHRUN, *command(view.path, tmp_path / "two", **settings), *more, cwd=tmp_path)
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    first, second = (load_model(tmp_path / name).module.state_dict() for name in ("one", "two"))
+    for name, value in first.items():
+        torch.testing.assert_close(
+            second[name], value, atol=2e-4, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
 def test_stopped_together_and_taken_up(tmp_path: Path) -> None:
     view = write_view(tmp_path / "view", [180, 90, 1], expressed=0.2)
     settings = SETTINGS | {"max_iteration": 1000, "checkpoint_seconds": 0, "minibatch_size": 32}
