@@ -12,13 +12,18 @@ import torch
 
 import streamx
 from streamx.arches.keys import Keys
-from streamx.arches.state import History, State, Surgery, new_state, read_history, trained_model
+from streamx.arches.state import State, Surgery, new_state, read_history, trained_model
 from streamx.config import FreezeConfig, TrvaeFreezeConfig
 from streamx.errors import UsageError
 from streamx.models.scanvi import Scanvi
+from streamx.store.collection import Collection
+from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import describe
-from streamx.train.device import pick_device
+from streamx.train.build import TAKES_ROWS
+from streamx.train.cells import columns_of
+from streamx.train.counts import latents
+from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, load_model, read_card, save_weights, seal
 from streamx.train.run import as_csv
 
@@ -56,16 +61,21 @@ def save_state(state: State, folder: str | Path, *, overwrite: bool, save_anndat
         shutil.copytree(source.root, folder)
         card = dict(model.card)
     else:  # changed since, or of another tool
-        card = write_model(location, model, state.history)
+        card = write_model(location, model)
+        if state.cells is not None:
+            write_cells(location, model, state.cells, card["id"])
+    for name, history in (("history.csv", state.history), ("history-base.csv", state.base)):
+        if history:  # of all trainings, where there were several
+            table = as_csv(history)
+            location.write(name, table)
+            card["files"] = card["files"] | {name: describe(table)}
     location.write(CARD, seal(card | {OURS: _as_card(state)}))
     if save_anndata:
         state.data.write_h5ad(folder / ADATA)
 
 
-def write_model(location: Location, model: Model, history: History) -> dict[str, Any]:
-    """Weights and history; and the card, which is to be written last."""
-    table = as_csv(history)
-    location.write("history.csv", table)
+def write_model(location: Location, model: Model) -> dict[str, Any]:
+    """Write the weights, and give the card, which is to be written last."""
     digest, described = save_weights(location, model.module, {})
     module = model.module
     network = asdict(module.config) | (asdict(module.vae.config) if isinstance(module, Scanvi) else {})
@@ -79,8 +89,18 @@ def write_model(location: Location, model: Model, history: History) -> dict[str,
         "norm": None,
         "preprocessing": model.card.get("preprocessing", NO_PREPROCESSING),
         "versions": versions,
-        "files": {WEIGHTS: described, "history.csv": describe(table)},
+        "files": {WEIGHTS: described},
     }
+
+
+def write_cells(location: Location, model: Model, cells: Collection, digest: str) -> None:
+    """obs and latents of the cells that a model was trained on last, as ``streamx train`` writes them."""
+    device = next(model.module.parameters()).device
+    columns = columns_of(cells, model.schema, device)
+    with one_torch_thread():
+        z_nk = latents(model.module, cells, columns, device=device, sparse=model.kind in TAKES_ROWS)
+    uns = {"streamx": {"model": digest, "batch_key": cells.batch_key}}
+    write_latents(location.below("reference.zarr"), cells.obs, {model.latent_key: z_nk}, uns)
 
 
 def _as_card(state: State) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from arches_data import ARCHES, KEYS, N_GENES, QUICK, cells
@@ -297,7 +298,11 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is there already"):
         model.save(folder)
     model.save(folder, overwrite=True)
+    assert sx.verify(folder)["ok"]
     loaded = of.load(folder)
+    table, again = (m.history if kind == "scanvi" else {"": m.history} for m in (model, loaded))
+    for name in table:
+        pd.testing.assert_frame_equal(again[name], table[name])
     assert loaded.is_trained
     np.testing.assert_array_equal(latents(of.load(folder, adata)), latents(model))
     with pytest.raises(UsageError, match="without data"):
@@ -308,6 +313,10 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     extended.train(max_epochs=1, **QUICK)
     extended.save(tmp_path / "query")
     assert load_model(tmp_path / "query").batches == ("a", "b", "c")
+    assert sx.verify(tmp_path / "query")["ok"]
+    kept = anndata.read_zarr(tmp_path / "query" / "reference.zarr")
+    of_query = latents(extended)[query.obs_names.get_indexer(kept.obs_names)]
+    np.testing.assert_allclose(kept.obsm[f"X_{kind}"], of_query, atol=1e-6)
     again = of.load(tmp_path / "query", query)
     np.testing.assert_array_equal(latents(again), latents(extended))
     again.train(max_epochs=1, **QUICK)  # still only what may move
