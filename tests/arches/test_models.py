@@ -418,3 +418,24 @@ def test_a_folder_of_scvi_tools(kind: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(latents(extended, adata), latents(model))
     if kind == "scanvi":
         np.testing.assert_array_equal(loaded.predict(), model.predict())
+
+
+def test_folders_are_those_of_the_commands(tmp_path: Path) -> None:
+    """What is saved here is mapped onto and extended there; what is trained there is loaded here."""
+    model, query = trained("scvi"), cells("c", seed=3)
+    model.save(tmp_path / "model")
+    query.write_h5ad(tmp_path / "c.h5ad")
+    [report] = sx.surgery(
+        tmp_path / "model", [tmp_path / "c.h5ad"], tmp_path / "updated", batch_key="study", max_epochs=1
+    )
+    assert report["learnt"].keys() == {"c"}
+    updated = sx.SCVI.load(tmp_path / "updated", query)
+    np.testing.assert_array_equal(latents(updated, cells()), latents(model))
+    sx.project(tmp_path / "updated", [tmp_path / "c.h5ad"], tmp_path / "mapped", batch_key="study")
+    mapped = anndata.read_zarr(tmp_path / "mapped" / "c.zarr")
+    np.testing.assert_allclose(mapped.obsm["X_scvi"], latents(updated), atol=1e-6)
+    store = sx.convert([cells()], tmp_path / "store", batch_key="study")
+    sx.train(store, tmp_path / "scvi", model="scvi", max_epochs=1, progress=False, **SMALL)
+    loaded = sx.SCVI.load(tmp_path / "scvi", cells())
+    assert latents(loaded).shape == (120, 3)
+    assert len(loaded.history) == 1
