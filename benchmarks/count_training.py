@@ -81,8 +81,11 @@ def run_ours(model: str, folder: Path, epochs: int, seed: int) -> dict[str, Any]
         spent = since(start)
         with open(Path(kept) / "model" / "history.csv") as file:
             history = list(csv.DictReader(file))
-        card = json.loads((Path(kept) / "model" / "model.json").read_text())
-    cells = card["training"]["steps"] * TRAINING[model]["minibatch_size"]
+        card = json.loads((Path(kept) / "model" / "model.json").read_text())["training"]
+    every = round(card["n_cells"] * TRAINING[model]["train_size"])
+    cells = min(
+        epochs * every, card["steps"] * TRAINING[model]["minibatch_size"]
+    )  # the last one may not be full
     losses = [float(row[LOSS[model]]) for row in history]
     return {"seed": seed, "cells": cells, "losses": losses, "peak_rss_mb": peak_rss_mb(), **spent}
 
