@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from streamx.config import TrainConfig
+from streamx.memory import give_back, recycled_memory, steady_memory
 from streamx.train.adam import EPS
 from streamx.train.checkpoint import Throttle, find_state, restore, save_state
 from streamx.train.device import can_record, precision_of
@@ -61,6 +62,7 @@ def run_task(run: Run, task: Task, n_cells: int, progress: bool) -> Trained:
         if journal is not None and (now or throttle.due()):
             save_state(journal, task.module, optimizer, state, run.name)
 
+    recycled_memory()
     fit(
         task.module,
         optimizer,
@@ -79,6 +81,8 @@ def run_task(run: Run, task: Task, n_cells: int, progress: bool) -> Trained:
         ranks=ranks,
         progress=progress and ranks.first,
     )
+    steady_memory()
+    give_back()
     return Trained(state, per_epoch, (state.epoch * n_minibatches - seen) * ranks.world)
 
 
