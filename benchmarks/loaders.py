@@ -148,8 +148,11 @@ def scdataset(path: Path) -> Make:
         import anndata as ad
         from scdataset import BlockShuffling, scDataset
 
-        adata = ad.read_h5ad(path, backed="r")
-        dataset = scDataset(adata.X, BlockShuffling(block_size=64), batch_size=size, fetch_factor=64)
+        matrix = ad.read_h5ad(path, backed="r").X
+        cells = type(
+            "Cells", (), {"__len__": lambda _: matrix.shape[0], "__getitem__": lambda _, i: matrix[i]}
+        )
+        dataset = scDataset(cells(), BlockShuffling(block_size=64), batch_size=size, fetch_factor=64)
         return iter(dataset)
 
     return make
