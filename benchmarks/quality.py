@@ -37,7 +37,17 @@ METHODS = ("PCA", "SCALEX", "streamx", *arches.METHODS)
 SCALEX_VERSION = "1.0.4"
 ITERATIONS = 30_000  # SCALEX's own default, and streamx's
 # Parts of streamx that no latent passes through.
-BYSTANDERS = ("cli", "demo", "errors.py", "figures.py", "integrate", "interop", "labels.py", "mapping.py")
+BYSTANDERS = (
+    "arches",
+    "cli",
+    "demo",
+    "errors.py",
+    "figures.py",
+    "integrate",
+    "interop",
+    "labels.py",
+    "mapping.py",
+)
 BYSTANDERS += ("metrics", "neighbors", "plots", "posterior", "simulate", "store", "threads.py", "transfer.py")
 BYSTANDERS += ("verify.py",)
 

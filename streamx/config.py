@@ -483,7 +483,9 @@ class TrainConfig:
     )
     threshold: float | None = option(None, "a loss is lower if lower by more than this (default: 0)", least=0)
     lr_patience: int | None = option(
-        None, f"lower the learning rate after so many epochs without (0: never; {_defaults('lr_patience')})"
+        None,
+        "lower the learning rate after more than so many epochs without (0: never; "
+        f"{_defaults('lr_patience')})",
     )
     lr_factor: float | None = option(None, f"... by this factor ({_defaults('lr_factor')})")
     train_size: float | None = option(

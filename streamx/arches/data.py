@@ -49,8 +49,8 @@ class Opened:
         Names of those.
     cells_at
         Rows -> minibatches of the cells there, in that order, a row as often as it is named.
-    column
-        Name of an obs column -> its values of all cells.
+    column, columns
+        Name of an obs column -> its values of all cells; names of those that there are.
     """
 
     n_obs: int
@@ -58,6 +58,7 @@ class Opened:
     names: pd.Index
     cells_at: Callable[[np.ndarray], Iterator[Cells]]
     column: Callable[[str], pd.Series]
+    columns: Sequence[str]
 
     def __iter__(self) -> Iterator[Cells]:
         """Minibatches of the cells asked for."""
@@ -111,7 +112,8 @@ def open_data(
         cells_at = _of_collection(model, collection, whole)
         row_n = rows_of(indices, collection.n_obs)
         names = collection.obs_names[row_n]
-        yield Opened(collection.n_obs, row_n, names, cells_at, collection.obs_column)
+        columns: list[str] = collection.obs_columns
+        yield Opened(collection.n_obs, row_n, names, cells_at, collection.obs_column, columns)
         return
     with tempfile.TemporaryDirectory(prefix="streamx-") as folder:
         query, config = open_files(model, data, keys, Path(folder), memory)
@@ -127,7 +129,8 @@ def open_data(
                     raise UsageError(f"no obs column {name!r}", where=query.name)
                 return found[name]
 
-            yield Opened(query.n_obs, row_n, names, cells_at, column)
+            columns = list(dict.fromkeys(str(c) for s in query.sources for c in s.cells.columns))
+            yield Opened(query.n_obs, row_n, names, cells_at, column, columns)
         finally:
             query.close()
 

@@ -19,6 +19,7 @@ from streamx.models.cells import Cells
 from streamx.models.sparse import Rows
 from streamx.posterior.de import Draws, GroupSums, compare, draw, ranked
 from streamx.posterior.expression import Asked, de_sampler
+from streamx.preprocess.where import rows_where
 from streamx.train.model import Model
 
 REST = "Rest"
@@ -60,7 +61,8 @@ def differential_expression(
     groupby, group1, group2
         obs column, and the values to compare; by default each with all other cells.
     idx1, idx2
-        Rows of the groups instead (numbers, a bool mask, or a query over obs); ``idx2``: by default the rest.
+        Rows of the groups instead: numbers, a bool mask, or an expression over obs as ``preprocess`` takes it
+        with ``where``; ``idx2``: by default the rest.
     mode
         ``change`` or ``vanilla`` (scvi-tools' default for RNA since 1.4).
     batch_correction, batchid1, batchid2
@@ -144,9 +146,7 @@ def _by_rows(cells: Opened, idx1: Any, idx2: Any) -> Groups:
 def _chosen(cells: Opened, rows: Any) -> np.ndarray:
     if not isinstance(rows, str):
         return rows_of(rows, cells.n_obs)
-    names = sorted({name for name in pd.core.computation.expr.Expr(rows).names if isinstance(name, str)})
-    obs = pd.DataFrame({name: cells.column(name).reset_index(drop=True) for name in names})
-    return obs.query(rows).index.to_numpy()
+    return np.flatnonzero(rows_where(rows, cells.column, cells.columns, cells.n_obs))
 
 
 def _by_column(cells: Opened, groupby: str | None, group1: Any, group2: str | None) -> list[Groups]:

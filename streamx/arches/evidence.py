@@ -103,7 +103,7 @@ def get_reconstruction_error(
     *,
     seed: int = 0,
 ) -> float:
-    """-ln p(x | z) at one draw, mean over cells: lower is better (scvi-tools gives its negative)."""
+    """-ln p(x | z) at one draw, mean over cells: lower is better (before scvi-tools 1.0: its negative)."""
     with opened(self.state, adata, indices) as (model, cells):
         return reconstruction_error(model.module, cells, generator_for(model, seed))["reconstruction"]
 

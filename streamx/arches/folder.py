@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,18 @@ import torch
 
 import streamx
 from streamx.arches.keys import Keys
-from streamx.arches.state import History, State, Surgery, new_state, read_history, trained_model
+from streamx.arches.state import State, Surgery, new_state, read_history, trained_model
 from streamx.config import FreezeConfig, TrvaeFreezeConfig
 from streamx.errors import UsageError
 from streamx.models.scanvi import Scanvi
+from streamx.store.collection import Collection
+from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import describe
-from streamx.train.device import pick_device
+from streamx.train.build import TAKES_ROWS
+from streamx.train.cells import columns_of
+from streamx.train.counts import latents
+from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, load_model, read_card, save_weights, seal
 from streamx.train.run import as_csv
 
@@ -56,16 +61,21 @@ def save_state(state: State, folder: str | Path, *, overwrite: bool, save_anndat
         shutil.copytree(source.root, folder)
         card = dict(model.card)
     else:  # changed since, or of another tool
-        card = write_model(location, model, state.history)
+        card = write_model(location, model)
+        if state.cells is not None:
+            write_cells(location, model, state.cells, card["id"])
+    for name, history in (("history.csv", state.history), ("history-base.csv", state.base)):
+        if history:  # of all trainings, where there were several
+            table = as_csv(history)
+            location.write(name, table)
+            card["files"] = card["files"] | {name: describe(table)}
     location.write(CARD, seal(card | {OURS: _as_card(state)}))
     if save_anndata:
         state.data.write_h5ad(folder / ADATA)
 
 
-def write_model(location: Location, model: Model, history: History) -> dict[str, Any]:
-    """Weights and history; and the card, which is to be written last."""
-    table = as_csv(history)
-    location.write("history.csv", table)
+def write_model(location: Location, model: Model) -> dict[str, Any]:
+    """Write the weights, and give the card, which is to be written last."""
     digest, described = save_weights(location, model.module, {})
     module = model.module
     network = asdict(module.config) | (asdict(module.vae.config) if isinstance(module, Scanvi) else {})
@@ -79,8 +89,18 @@ def write_model(location: Location, model: Model, history: History) -> dict[str,
         "norm": None,
         "preprocessing": model.card.get("preprocessing", NO_PREPROCESSING),
         "versions": versions,
-        "files": {WEIGHTS: described, "history.csv": describe(table)},
+        "files": {WEIGHTS: described},
     }
+
+
+def write_cells(location: Location, model: Model, cells: Collection, digest: str) -> None:
+    """obs and latents of the cells that a model was trained on last, as ``streamx train`` writes them."""
+    device = next(model.module.parameters()).device
+    columns = columns_of(cells, model.schema, device)
+    with one_torch_thread():
+        z_nk = latents(model.module, cells, columns, device=device, sparse=model.kind in TAKES_ROWS)
+    uns = {"streamx": {"model": digest, "batch_key": cells.batch_key}}
+    write_latents(location.below("reference.zarr"), cells.obs, {model.latent_key: z_nk}, uns)
 
 
 def _as_card(state: State) -> dict[str, Any]:
@@ -103,12 +123,12 @@ def load_state(kind: str, folder: str | Path, data: Any, *, use_cuda: bool) -> S
     if model.kind != kind:
         raise UsageError(f"holds a {model.kind}, not a {kind}", where=str(folder), fix=_class_of(model.kind))
     kept = model.card.get(OURS) or {}
+    keys = keys_in(model)
     if data is None and (Path(folder) / ADATA).is_file():
         from anndata import read_h5ad
 
         data = read_h5ad(Path(folder) / ADATA)
-    keys = Keys.of(kept["keys"]) if kept else Keys()
-    state = new_state(kind, data, keys, None, device="auto" if use_cuda else "cpu")
+    state = new_state(kind, data, Keys(), None, keys, device="auto" if use_cuda else "cpu")
     model.module.to(pick_device(state.device))
     state.model, state.trained, state.network = model, True, model.module.config
     if kept.get("surgery"):
@@ -124,8 +144,14 @@ def _class_of(kind: str) -> str:
     return f"{kind.upper()}.load reads it" if kind != "scalex" else "map onto it with streamx.project"
 
 
-def reference_of(reference: Any, kind: str) -> Model:
-    """The model of a trained object, or in a folder.
+def keys_in(model: Model) -> Keys:
+    """What the data of a model in a folder were called, as far as it says."""
+    kept = model.card.get(OURS)
+    return Keys.of(kept["keys"]) if kept else Keys(layer=model.card.get("layer"))
+
+
+def reference_of(reference: Any, kind: str) -> tuple[Model, Keys]:
+    """The model of a trained object, or in a folder, and what its data were called.
 
     Raises
     ------
@@ -136,4 +162,4 @@ def reference_of(reference: Any, kind: str) -> Model:
     model = trained_model(state) if isinstance(state, State) else load_model(reference)
     if model.kind != kind:
         raise UsageError(f"the reference is a {model.kind}, not a {kind}", fix=_class_of(model.kind))
-    return replace(model)
+    return model, state.keys if isinstance(state, State) else keys_in(model)

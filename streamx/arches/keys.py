@@ -124,15 +124,16 @@ def setup_anndata(
     return adata if copy else None
 
 
-def keys_of(data: Any, given: Keys | None = None) -> Keys:
-    """What was said of an object by :func:`setup_anndata`; what is given here comes first."""
-    reference, keys = _of_objects.get(id(data), (None, Keys()))
+def keys_of(data: Any, given: Keys | None = None, otherwise: Keys | None = None) -> Keys:
+    """Key by key: what is given here, else what :func:`setup_anndata` was told, else what a model expects."""
+    reference, said = _of_objects.get(id(data), (None, Keys()))
     if reference is not None and reference() is not data:
-        keys = Keys()
-    if given is None:
-        return keys
-    said = {f.name: getattr(given, f.name) for f in fields(Keys)}
-    return replace(keys, **{name: value for name, value in said.items() if value})
+        said = Keys()
+    found = otherwise or Keys()
+    for keys in (said, given or Keys()):
+        named = {f.name: getattr(keys, f.name) for f in fields(Keys)}
+        found = replace(found, **{name: value for name, value in named.items() if value})
+    return found
 
 
 def check_keys(adata: Any, keys: Keys) -> None:
@@ -160,7 +161,7 @@ def check_keys(adata: Any, keys: Keys) -> None:
 def with_protein_names(adata: Any, keys: Keys) -> Any:
     """The object; or, where its proteins are a plain array named in uns, a shell of it that names them."""
     key, names = keys.protein_expression_obsm_key, keys.protein_names_uns_key
-    if key is None or names is None or not isinstance(adata.obsm[key], np.ndarray):
+    if key not in adata.obsm or names not in adata.uns or not isinstance(adata.obsm[key], np.ndarray):
         return adata
     from anndata import AnnData
 

@@ -43,10 +43,10 @@ def query_object(
     kind: str, adata: Any, reference: Any, options: FreezeConfig | TrvaeFreezeConfig, given: Mapping[str, Any]
 ) -> State:
     """A state that begins with a reference, and learns the new batches of other data."""
-    model, (own, others) = reference_of(reference, kind), _taken(given)
+    (model, expected), (own, others) = reference_of(reference, kind), _taken(given)
     if others:
         raise UsageError(f"unknown option {min(others)!r}")
-    state = new_state(kind, _some(adata), **own, network=model.module.config)
+    state = new_state(kind, _some(adata), **own, otherwise=expected, network=model.module.config)
     start_query(state, model, options)
     return state
 

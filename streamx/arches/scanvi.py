@@ -72,7 +72,7 @@ class SCANVI:
             "gene_likelihood": gene_likelihood,
         }
         if pretrained_model is not None:
-            named = asdict(reference_of(pretrained_model, "scvi").module.config)
+            named = asdict(reference_of(pretrained_model, "scvi")[0].module.config)
         given = named | model_kwargs | {"use_cuda": use_cuda}
         if unlabeled_category is not None:
             given["unlabeled_category"] = unlabeled_category

@@ -110,9 +110,11 @@ class State:
         return self.folder / f"model-{len(list(self.folder.glob('model-*'))):03d}"
 
 
-def new_state(kind: str, data: Any, keys: Keys, folder: str | Path | None, **more: Any) -> State:
+def new_state(
+    kind: str, data: Any, keys: Keys, folder: str | Path | None, otherwise: Keys | None = None, **more: Any
+) -> State:
     """A state in a folder that is given, or one that is removed when the state is."""
-    keys = keys_of(data, keys)
+    keys = keys_of(data, keys, otherwise)
     if folder is not None:
         return State(kind, data, keys, folder=Path(folder), **more)
     state = State(kind, data, keys, **more)
@@ -142,17 +144,12 @@ def opened(
     data = state.data if data is None else data
     if data is None:
         raise UsageError("the model was loaded without data", fix="pass adata=")
-    keys = state.keys if data is state.data else keys_of(data, _columns_of(state.keys))
+    keys = state.keys if data is state.data else keys_of(data, otherwise=state.keys)
     with (
         one_torch_thread(),
         open_data(model, data, keys, indices, whole=whole, memory=state.memory) as found,
     ):
         yield model, found
-
-
-def _columns_of(keys: Keys) -> Keys:
-    """What other data are expected to have under the same names, where nothing was said of them."""
-    return replace(keys, protein_names_uns_key=None)
 
 
 def generator_for(model: Model, seed: int) -> torch.Generator:
@@ -203,7 +200,7 @@ def adopt(state: State, path: Path) -> None:
     model = load_model(path)
     model.module.to(pick_device(state.device))
     if state.keys.batch_key is None and as_collection(state.data) is None:
-        # all cells are one batch, whatever name convert gave it
+        # all cells are one batch; the name and the column that convert gives to it mean nothing
         schema = replace(model.schema, batch_key=None)
         model = replace(model, schema=schema, card=model.card | {"batch_key": None})
     state.model, state.trained = model, True
@@ -321,4 +318,6 @@ def _train_query(state: State, settings: dict[str, Any], progress: bool) -> None
     with one_torch_thread():
         done = learn_batches(run, module, state.surgery.n_new, state.surgery.options, progress=progress)
     state.history = [*state.history, *done.history]
-    state.model, state.trained = replace(state.model, module=module.eval(), id="", card={}), True
+    card = {name: value for name, value in state.model.card.items() if name == "preprocessing"}
+    state.model = replace(state.model, module=module.eval(), id="", card=card)
+    state.trained = True

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from streamx.config import ScviConfig
 from streamx.errors import UsageError
 from streamx.interop import scvi_tools, scvi_totalvi
 from streamx.interop.scvi_files import Saved
@@ -90,7 +91,8 @@ def _sorted(module: nn.Module, schema: Schema) -> tuple[nn.Module, Schema]:
 
 
 def _of_scanvi(module: Scanvi) -> dict[str, Any]:
-    settings = asdict(module.vae.config)
+    names = [f.name for f in fields(ScviConfig)]  # the inner scVI may have been made with scANVI's settings
+    settings = {name: getattr(module.vae.config, name) for name in names}
     del settings["latent_distribution"]  # normal, and no argument of theirs
     settings["linear_classifier"] = module.config.linear_classifier
     if not module.config.logits:

@@ -43,7 +43,7 @@ class Column:
         self.n, self.dtype, self.read = n, np.dtype(dtype), read
         self._there = np.zeros(-(-n // UNIT), bool)
         self._file: Any = (
-            None if n * self.dtype.itemsize <= IN_MEMORY else _scratch_file(n * self.dtype.itemsize)
+            None if n * self.dtype.itemsize <= IN_MEMORY else scratch_file(n * self.dtype.itemsize)
         )
         self._values: np.ndarray
         if self._file is None:
@@ -85,7 +85,20 @@ class Column:
             raise storage_error(error, str(cache_folder())) from error
 
 
-def _scratch_file(nbytes: int) -> Any:
+def large_array(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros; where they are many, in a file without a name, of which the kernel keeps what memory allows."""
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    if nbytes <= IN_MEMORY:
+        return np.zeros(shape, dtype)
+    with scratch_file(nbytes) as file:  # the mapping outlives it
+        try:  # a page that the disk has no room for would kill the process
+            os.posix_fallocate(file.fileno(), 0, nbytes)
+        except OSError as error:
+            raise storage_error(error, str(cache_folder())) from error
+        return np.memmap(file, dtype, "r+", shape=shape)
+
+
+def scratch_file(nbytes: int) -> Any:
     """A sparse file without a name; where there is no scratch folder, in the system's one."""
     for folder in (cache_folder(), Path(tempfile.gettempdir())):
         try:

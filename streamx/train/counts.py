@@ -12,6 +12,7 @@ from torch import Tensor
 
 from streamx.config import TrainConfig
 from streamx.errors import BadValuesError, UsageError
+from streamx.loader.column import large_array
 from streamx.loader.loader import Loader
 from streamx.loader.pairs import pairs
 from streamx.loader.rows import selection, split
@@ -398,7 +399,7 @@ def latents(module: Any, view: Collection, columns: Columns, **options: Any) -> 
     ``options``: of :func:`streamx.train.feed.make_loader`.
     """
     loader = make_loader(view, ROWS, order="sequential", transform=False, **options)
-    z_nk, start = np.empty((view.n_obs, n_latent_of(module.config)), np.float32), 0
+    z_nk, start = large_array((view.n_obs, n_latent_of(module.config)), np.float32), 0
     for minibatch in loader.at(0):
         z_nk[start : start + len(minibatch)] = latent_of(module, columns.cells(minibatch)).cpu().numpy()
         start += len(minibatch)

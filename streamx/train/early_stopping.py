@@ -25,7 +25,8 @@ class EarlyStopping:
     threshold
         A loss improves if it is lower by more than this.
     lr_patience, lr_factor
-        After so many epochs without improvement the learning rate is multiplied by the factor; 0: never.
+        So many epochs without improvement are let pass; after the next one the learning rate is multiplied
+        by the factor (as by torch's, and scArches'); 0: never.
     lr_waited, lr_scale
         Epochs since the last improvement or change of the rate; the product of all factors so far.
     """
@@ -48,7 +49,7 @@ class EarlyStopping:
         if loss < self.best - self.threshold:
             return replace(self, best=loss, best_epoch=epoch, waited=0, lr_waited=0)
         waited, lr_waited, lr_scale = self.waited + 1, self.lr_waited + 1, self.lr_scale
-        if self.lr_patience and lr_waited >= self.lr_patience:
+        if self.lr_patience and lr_waited > self.lr_patience:
             lr_waited, lr_scale = 0, lr_scale * self.lr_factor
         stopped = bool(self.patience) and waited >= self.patience
         return replace(self, waited=waited, stopped=stopped, lr_waited=lr_waited, lr_scale=lr_scale)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from streamx.errors import BatchError
+from streamx.loader.column import large_array
 from streamx.models.matched import (
     REFERENCE_BATCH_SAMPLE,
     REFERENCE_SAMPLE,
@@ -89,7 +90,7 @@ def latents(
     -------
     float32 (n_cells, n_latent), in row order.
     """
-    out = np.empty((view.n_obs, module.config.n_latent), np.float32)
+    out = large_array((view.n_obs, module.config.n_latent), np.float32)
     if norm == "minibatch":
         loader = make_loader(view, ORIGINAL, device=_device(module), order="by_batch", seed=seed, **options)
         rows: list[np.ndarray] = []

@@ -240,5 +240,5 @@ def _from_foreign(folder: Path) -> Model:
         norm="minibatch" if scalex else None,
         id=hashlib.sha256(weights).hexdigest(),
         path=folder,
-        card={"model": found.kind, "origin": f"{found.origin} checkpoint"},
+        card={"model": found.kind, "origin": f"{found.origin} checkpoint", "layer": found.layer},
     )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import anndata
 import numpy as np
 import pandas as pd
 import pytest
-from arches_data import N_GENES, cells
+from arches_data import N_GENES, QUICK, cells
 from test_models import trained
 
+import streamx as sx
 from streamx.arches.data import open_data
 from streamx.arches.differential import group_sums
 from streamx.errors import UsageError
@@ -108,3 +110,37 @@ def test_what_is_wrong() -> None:
     ):
         with pytest.raises(UsageError, match=match):
             model.differential_expression(**settings)
+
+
+def test_known_changes_are_found_and_few_others() -> None:
+    """20 of 200 genes change fourfold, in two batches.
+
+    Measured with three seeds at delta 0.5: all 20 found, 1 false of 21 each time (share .048). At the
+    documented delta of 0.25 3 to 4 of 24: the other genes' shares do change a little, as shares add up to 1.
+    Twofold changes of counts as low as these are told apart by ``proba_de`` (.64 to .83 against at most .42),
+    but not called: expression is compared cell by cell.
+    """
+    rng = np.random.default_rng(1)
+    n, n_genes = 1000, 200
+    mean_g, group_n, batch_n = (
+        rng.gamma(2, 2, n_genes) + 0.5,
+        rng.integers(2, size=n),
+        rng.integers(2, size=n),
+    )
+    changed = rng.permutation(n_genes) < 20
+    lfc_g = np.where(changed, rng.choice([-2, 2], n_genes), 0)
+    effect_bg, depth_n = rng.lognormal(0, 0.3, (2, n_genes)), rng.lognormal(0, 0.2, n)
+    mu_ng = mean_g * 2.0 ** (lfc_g * group_n[:, None]) * effect_bg[batch_n] * depth_n[:, None]
+    x_ng = rng.poisson(mu_ng * rng.gamma(5, 1 / 5, mu_ng.shape)).astype(np.float32)
+    obs = pd.DataFrame({"study": batch_n.astype(str), "group": np.array(["x", "y"])[group_n]})
+    obs.index = [f"cell{i}" for i in range(n)]
+    adata = anndata.AnnData(x_ng, obs, pd.DataFrame(index=[f"g{g}" for g in range(n_genes)]))
+    model = sx.SCVI(adata, batch_key="study", gene_likelihood="nb", n_hidden=64, n_latent=5)
+    model.train(150, lr=2e-3, n_epochs_kl_warmup=50, **QUICK)
+    table = model.differential_expression(
+        groupby="group", group1="y", group2="x", batch_correction=True, delta=0.5
+    ).loc[adata.var_names]
+    called = table["is_de_fdr_0.05"].to_numpy()
+    assert called[changed].mean() >= 0.95
+    assert (called & ~changed).sum() <= 0.1 * called.sum()
+    np.testing.assert_array_equal(np.sign(table["lfc_mean"][changed]), np.sign(lfc_g[changed]))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 from arches_data import KEYS, cells
@@ -22,6 +23,7 @@ def test_it_is_remembered_beside_the_object_and_not_in_it() -> None:
     assert keys_of(cells()) == Keys()
     assert keys_of(adata, Keys(batch_key="donor")).batch_key == "donor"
     assert keys_of(adata, Keys(batch_key="donor")).labels_key == "type"
+    assert keys_of(adata, otherwise=Keys("donor", layer="counts")) == replace(want, layer="counts")
     other = sx.setup_anndata(adata, batch_key="donor", copy=True)
     assert keys_of(other) == Keys("donor")
     assert keys_of(adata) == want

@@ -10,6 +10,7 @@ from typing import Any
 
 import anndata
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from arches_data import ARCHES, KEYS, N_GENES, QUICK, cells
@@ -23,6 +24,7 @@ from streamx.errors import (
     UntrainedError,
     UsageError,
 )
+from streamx.interop.save import save_for_scvi_tools
 from streamx.posterior.evidence import elbo, marginal_ll
 from streamx.posterior.expression import Asked, normalized_expression
 from streamx.train.model import load_model
@@ -296,7 +298,11 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is there already"):
         model.save(folder)
     model.save(folder, overwrite=True)
+    assert sx.verify(folder)["ok"]
     loaded = of.load(folder)
+    table, again = (m.history if kind == "scanvi" else {"": m.history} for m in (model, loaded))
+    for name in table:
+        pd.testing.assert_frame_equal(again[name], table[name])
     assert loaded.is_trained
     np.testing.assert_array_equal(latents(of.load(folder, adata)), latents(model))
     with pytest.raises(UsageError, match="without data"):
@@ -307,6 +313,10 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     extended.train(max_epochs=1, **QUICK)
     extended.save(tmp_path / "query")
     assert load_model(tmp_path / "query").batches == ("a", "b", "c")
+    assert sx.verify(tmp_path / "query")["ok"]
+    kept = anndata.read_zarr(tmp_path / "query" / "reference.zarr")
+    of_query = latents(extended)[query.obs_names.get_indexer(kept.obs_names)]
+    np.testing.assert_allclose(kept.obsm[f"X_{kind}"], of_query, atol=1e-6)
     again = of.load(tmp_path / "query", query)
     np.testing.assert_array_equal(latents(again), latents(extended))
     again.train(max_epochs=1, **QUICK)  # still only what may move
@@ -389,3 +399,43 @@ def test_without_batches(tmp_path: Path) -> None:
     assert named.state.model.batches == ("adata", "c")
     model.save(tmp_path / "model")
     np.testing.assert_array_equal(latents(sx.SCVI.load(tmp_path / "model", cells())), latents(model))
+
+
+@pytest.mark.parametrize("kind", ["scvi", "scanvi"])
+def test_a_folder_of_scvi_tools(kind: str, tmp_path: Path) -> None:
+    model, adata, query = trained(kind), cells(), cells("c", seed=3)
+    of = model.state.model
+    adata.layers["counts"], query.layers["counts"] = adata.X.copy(), query.X.copy()
+    adata.X.data[:] = 1
+    query.X.data[:] = 1
+    save_for_scvi_tools(tmp_path / "theirs", of.module, of.schema, layer="counts")
+    loaded = type(model).load(tmp_path / "theirs", adata)
+    np.testing.assert_array_equal(latents(loaded), latents(model))
+    loaded.save(tmp_path / "ours")
+    np.testing.assert_array_equal(latents(type(model).load(tmp_path / "ours", adata)), latents(model))
+    extended = type(model).load_query_data(query, tmp_path / "theirs")
+    extended.train(max_epochs=1, **QUICK)
+    np.testing.assert_array_equal(latents(extended, adata), latents(model))
+    if kind == "scanvi":
+        np.testing.assert_array_equal(loaded.predict(), model.predict())
+
+
+def test_folders_are_those_of_the_commands(tmp_path: Path) -> None:
+    """What is saved here is mapped onto and extended there; what is trained there is loaded here."""
+    model, query = trained("scvi"), cells("c", seed=3)
+    model.save(tmp_path / "model")
+    query.write_h5ad(tmp_path / "c.h5ad")
+    [report] = sx.surgery(
+        tmp_path / "model", [tmp_path / "c.h5ad"], tmp_path / "updated", batch_key="study", max_epochs=1
+    )
+    assert report["learnt"].keys() == {"c"}
+    updated = sx.SCVI.load(tmp_path / "updated", query)
+    np.testing.assert_array_equal(latents(updated, cells()), latents(model))
+    sx.project(tmp_path / "updated", [tmp_path / "c.h5ad"], tmp_path / "mapped", batch_key="study")
+    mapped = anndata.read_zarr(tmp_path / "mapped" / "c.zarr")
+    np.testing.assert_allclose(mapped.obsm["X_scvi"], latents(updated), atol=1e-6)
+    store = sx.convert([cells()], tmp_path / "store", batch_key="study")
+    sx.train(store, tmp_path / "scvi", model="scvi", max_epochs=1, progress=False, **SMALL)
+    loaded = sx.SCVI.load(tmp_path / "scvi", cells())
+    assert latents(loaded).shape == (120, 3)
+    assert len(loaded.history) == 1

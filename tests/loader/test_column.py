@@ -90,3 +90,15 @@ def test_a_full_disk_is_an_error(small_units: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(os, "pwrite", full)
     with pytest.raises(Exception, match="the disk is full"):
         found[0:10]
+
+
+def test_large_array_lies_in_a_file_without_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STREAMX_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(column, "IN_MEMORY", 64)
+    z_nk = column.large_array((50, 3), np.float32)
+    assert isinstance(z_nk, np.memmap)
+    assert not z_nk.any()
+    z_nk[7] = 1, 2, 3
+    assert z_nk.sum() == 6
+    assert list(tmp_path.iterdir()) == []
+    assert not isinstance(column.large_array((2, 2), np.float32), np.memmap)

@@ -19,6 +19,19 @@ def run_rule(losses: list[float], patience: int = 3) -> EarlyStopping:
     return rule
 
 
+def test_learning_rate_falls_after_more_epochs_without_than_its_patience() -> None:
+    """As torch's ReduceLROnPlateau does with the same losses."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    theirs = torch.optim.SGD([parameter], lr=1.0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(theirs, factor=0.5, patience=2, threshold=0.0)
+    rule, losses = EarlyStopping(0, lr_patience=2, lr_factor=0.5), [3, 2, 2, 2.5, 2, 1.9, 3, 3, 3, 3, 3, 3, 1]
+    for epoch, loss in enumerate(losses):
+        rule = rule.after(epoch, loss)
+        plateau.step(loss)
+        assert rule.lr_scale == theirs.param_groups[0]["lr"]
+    assert rule.lr_scale == 0.125
+
+
 def test_early_stopping() -> None:
     assert not run_rule([5, 4, 4, 4.5]).stopped
     rule = run_rule([5, 4, 4, 4, 4, 1])

@@ -125,6 +125,7 @@ def test_a_signal_waits_for_the_step(number: int, raised: type[BaseException]) -
         raise Killed
 
     former = signal.signal(signal.SIGTERM, on_sigterm)
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     try:
         parts, kept = make(), {}
         loss, calls = parts["loss"], 0
@@ -150,6 +151,7 @@ def test_a_signal_waits_for_the_step(number: int, raised: type[BaseException]) -
         assert signal.getsignal(signal.SIGTERM) is on_sigterm
     finally:
         signal.signal(signal.SIGTERM, former)
+        signal.signal(signal.SIGINT, ctrl_c)
     whole, weights = run(make())
     state, resumed = run(make(kept["state"], kept))
     assert state.history == whole.history
