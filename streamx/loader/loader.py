@@ -20,7 +20,6 @@ from streamx.loader.plan import BLOCK_ROWS, BLOCKS_PER_FETCH, Plan, make_plan
 from streamx.loader.prefetch import Pool, prefetched
 from streamx.loader.rows import Rows, selection, to_read
 from streamx.loader.transform import Transform
-from streamx.memory import steady_memory
 from streamx.store.collection import Collection, open_collection
 from streamx.store.kept import NBYTES_OF_LOADER
 from streamx.store.layout import index_dtype
@@ -135,7 +134,6 @@ class Loader:
     ) -> None:
         if output not in OUTPUTS:
             raise UsageError(f"output {output!r}", fix=f"one of {', '.join(OUTPUTS)}")
-        steady_memory()
         self.view = view if isinstance(view, Collection) else open_collection(view)
         self.order, self.shares, self.drop_last = order, shares, drop_last
         self.minibatch_size, self.seed, self.epoch, self.start = minibatch_size, seed, epoch, 0
