@@ -102,8 +102,9 @@ def test_evidence(name: str) -> None:
     if name != "scanvi":
         # of the study that measured all proteins: theirs counts the background of unmeasured ones too
         rows = np.flatnonzero(ours.adata.obs["study"] == "a")
-        want = float(theirs.get_marginal_ll(indices=rows, n_mc_samples=50, batch_size=200))
-        assert ours.get_marginal_ll(indices=rows, n_mc_samples=50) == pytest.approx(want, rel=5e-3)
+        # both are estimates, whose spread falls with the number of draws: with 50 it is near the tolerance
+        want = float(theirs.get_marginal_ll(indices=rows, n_mc_samples=1000, batch_size=200))
+        assert ours.get_marginal_ll(indices=rows, n_mc_samples=1000) == pytest.approx(want, rel=5e-3)
 
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "totalvi"])
