@@ -113,7 +113,7 @@ def killed(folder: Path, files: list[Path], updated: Path, rng: random.Random, s
             [*CLI, *words, "--checkpoint-seconds", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
         try:
-            process.wait(timeout=rng.uniform(0.3, 1) * seconds if kills < 10 else None)
+            process.wait(timeout=rng.uniform(0.1, 1) * seconds if kills < 20 else None)
             return kills
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
@@ -142,7 +142,7 @@ def main() -> None:
                 names = ("wall_s", "cpu_s", "anonymous_peak_bytes")
                 rows.append(about | {"reference": n, "file": number} | {name: found[name] for name in names})
                 spent += found["wall_s"]
-            kills = killed(folder, files, folder / "killed", random.Random(args.seed), spent / 4)
+            kills = killed(folder, files, folder / "killed", random.Random(args.seed), spent / 3)
             same = digests(folder / "killed") == digests(folder / "u")
             rows.append(about | {"reference": n, "kills": kills, "same_bytes": same})
         with args.out.open("a") as out:
