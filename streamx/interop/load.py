@@ -44,6 +44,15 @@ class Foreign:
     size_factor_key: str | None = None
 
 
+def is_foreign(folder: Path) -> bool:
+    """Whether another tool's model lies in a folder."""
+    return _is_scalex(folder) or find_scvi(folder, None) is not None
+
+
+def _is_scalex(folder: Path) -> bool:
+    return any((folder / part / "config.pt").is_file() for part in ("", "checkpoint"))
+
+
 def load_foreign(folder: str | Path, *, prefix: str | None = None, december_2020: bool = False) -> Foreign:
     """Load the model in a folder that another tool wrote; nothing in it is run.
 
@@ -62,7 +71,7 @@ def load_foreign(folder: str | Path, *, prefix: str | None = None, december_2020
         If the folder holds several models and no prefix says which.
     """
     folder = Path(folder)
-    if any((folder / part / "config.pt").is_file() for part in ("", "checkpoint")):
+    if _is_scalex(folder):
         scalex, genes = read_checkpoint(folder)
         return Foreign("scalex", scalex, Schema(genes=tuple(genes)), "SCALEX")
     found = find_scvi(folder, prefix)

@@ -23,10 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 
-import streamx
 from streamx.config import (
     TRAINING,
     FreezeConfig,
@@ -44,16 +42,16 @@ from streamx.query import Request, open_query, read_blocks, requests
 from streamx.store.amend import amend
 from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference
-from streamx.store.latents import write_latents
-from streamx.store.location import Location, Put, open_location
+from streamx.store.location import Location, open_location
 from streamx.surgery.arrivals import arrivals
+from streamx.surgery.begin import begin, copy_tree
 from streamx.surgery.cells import PLACE, lay_query, merge_cells, rows_of
-from streamx.train.build import TAKES_ROWS, n_latent_of
+from streamx.train.build import TAKES_ROWS
 from streamx.train.cells import columns_of
 from streamx.train.counts import latents
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
-from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, load_model, read_card, save_weights, seal
+from streamx.train.model import CARD, Model, load_model, save_weights, seal
 from streamx.train.surgery import learn_batch, measured_in, narrowed
 from streamx.train.task import Run
 
@@ -100,7 +98,7 @@ def surgery(
     Returns
     -------
     Per query: ``name, status (done, skipped, failed), n_cells, learnt, projected`` (names of batches),
-    ``gene_overlap``, ``path``, or ``error``.
+    ``gene_overlap``, or ``error``.
 
     Raises
     ------
@@ -122,7 +120,7 @@ def surgery(
         )
     reports = []
     with Journal(out, {"reference": first.id, "settings": _decisive(config, options)}) as journal:
-        _begin(source, out, first)
+        begin(source, out, first)
         arriving = () if watch is None else arrivals(Path(watch), idle)
         for request in chain(asked, arriving):
             try:
@@ -169,66 +167,6 @@ def _check(model: Model, options: FreezeConfig) -> None:
             where=where,
             fix="train the reference with --arches (or --encode-covariates)",
         )
-
-
-def _begin(source: Location, out: Location, model: Model) -> None:
-    """The updated model before its first file: a copy of the reference.
-
-    Raises
-    ------
-    SettingsChangedError
-        If the folder holds the update of another model.
-    """
-    card = read_card(out)
-    if card is not None:
-        if card.get("origin", card["id"]) != model.id:
-            raise SettingsChangedError(
-                "holds a model that was not made from this reference",
-                where=str(out),
-                fix="choose another folder, or name the reference that it was made from",
-            )
-        return
-    if "files" not in model.card:
-        _adopt(out, model)
-        return
-    for key in model.card["files"]:
-        out.write(key, source.read(key))
-    for name in ["reference.zarr", *model.card.get("added", [])]:
-        copy_tree(source.below(name), out.below(name))
-    fresh = {"earlier": [], "added": [], "surgery": [], "weights": WEIGHTS}
-    out.write(CARD, seal(fresh | model.card | {"origin": model.id}))
-
-
-def _adopt(out: Location, model: Model) -> None:
-    """Another tool's model as ours, without cells: files of its batches bring them."""
-    digest, described = save_weights(out, model.module, {})
-    nobody = np.zeros((0, n_latent_of(model.module.config)), np.float32)
-    write_latents(
-        out.below("reference.zarr"),
-        pd.DataFrame(index=pd.Index([], dtype=object)),
-        {model.latent_key: nobody},
-        {"streamx": {"model": digest}},
-    )
-    recipe = {"min_features": model.min_features, "drop": list(model.drop), "total": model.total}
-    card = {
-        "format": FORMAT,
-        "model": model.kind,
-        "id": digest,
-        **asdict(model.schema),
-        "network": asdict(model.module.config),
-        "norm": None,
-        "preprocessing": {"transform": {}, "recipe": recipe, "parameters": {}},
-        "settings": {},
-        "training": {"made_by": model.card["origin"]},
-        "versions": {"streamx": streamx.__version__},
-        "files": {WEIGHTS: described},
-        "origin": model.id,
-        "earlier": [],
-        "added": [],
-        "surgery": [],
-        "weights": WEIGHTS,
-    }
-    out.write(CARD, seal(card))
 
 
 # -- one file ------------------------------------------------------------------------------------------
@@ -449,13 +387,3 @@ def _encoded_again(
             name = fresh
         names.append(name)
     return names
-
-
-def copy_tree(source: Location, target: Location) -> None:
-    """All objects of a zarr hierarchy, put in place as a whole."""
-
-    def copy(put: Put) -> None:
-        for key in source.list():
-            put(key, source.read(key))
-
-    target.put_tree(copy)

@@ -27,8 +27,7 @@ from safetensors.torch import save as save_tensors
 from torch import nn
 
 from streamx.errors import BadFileError, IncompleteError, IntegrityError
-from streamx.interop.load import load_foreign
-from streamx.interop.scvi_files import find_scvi
+from streamx.interop.load import is_foreign, load_foreign
 from streamx.loader.transform import Transform
 from streamx.models.matched import Clusters
 from streamx.models.scalex import NormStats
@@ -213,12 +212,6 @@ def load_model(path: str | Path | Location) -> Model:
         path=location.root,
         card=card,
     )
-
-
-def is_foreign(folder: Path) -> bool:
-    """Whether another tool's model lies in a folder."""
-    scalex = any((folder / part / "config.pt").is_file() for part in ("", "checkpoint"))
-    return scalex or find_scvi(folder, None) is not None
 
 
 def _from_foreign(folder: Path) -> Model:
