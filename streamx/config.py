@@ -557,9 +557,6 @@ class SurgeryConfig:
         None, "epochs for each new batch (default: by its size, 400 up to 20,000 cells)", least=1
     )
     lr: float = option(None, "learning rate of Adam (default: the model's)")
-    weight_decay: float = option(
-        0.0, "weight decay of Adam; above 0 the reference's weights move, and its latents with them", least=0
-    )
     minibatch_size: int = option(None, "cells per minibatch (default: the model's)", least=1)
     patience: int = option(None, "of early stopping (default: the model's)", least=0)
     train_size: float | None = option(None, "share of the cells to train on (default: the model's)")

@@ -305,13 +305,14 @@ def _state(batch: str) -> str:
 
 
 def _training(kind: str, config: SurgeryConfig) -> TrainConfig:
-    """The model's own training settings, and what the call says instead."""
+    """The model's own training settings, and what the call says instead.
+
+    Weight decay would move weights that have no gradient, and the reference's latents with them: it is 0.
+    """
     asked = {f.name: getattr(config, f.name) for f in fields(SurgeryConfig)}
     known = {f.name for f in fields(TrainConfig)}
-    own = TRAINING[kind] | {
-        name: value for name, value in asked.items() if value is not None and name in known
-    }
-    return TrainConfig(model=kind, **own)
+    given = {name: value for name, value in asked.items() if value is not None and name in known}
+    return TrainConfig(model=kind, **TRAINING[kind] | given | {"weight_decay": 0.0})
 
 
 def _commit(

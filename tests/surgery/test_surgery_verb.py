@@ -211,6 +211,8 @@ def test_what_can_not_be_is_refused(home: Path, tmp_path: Path) -> None:
         sx.surgery(tmp_path / "scalex", home / "q3.h5ad", tmp_path / "u")
     with pytest.raises(UsageError, match="moves weights"):
         sx.surgery(home / "scvi", home / "q3.h5ad", tmp_path / "u", unfrozen=True)
+    with pytest.raises(UsageError, match="unknown setting 'weight_decay'"):
+        sx.surgery(home / "scvi", home / "q3.h5ad", tmp_path / "u", weight_decay=0.1)
     sx.train(home / "view", tmp_path / "plain", model="scvi", n_hidden=8, max_epochs=1)
     with pytest.warns(StreamxWarning, match="sees no batches"):
         sx.surgery(tmp_path / "plain", home / "q3.h5ad", tmp_path / "u", **FAST)
