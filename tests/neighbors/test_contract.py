@@ -65,7 +65,7 @@ def test_a_higher_target_is_reached(method):
     kind=st.sampled_from([np.float32, np.float64]),
 )
 def test_all_lists_together_are_exact(seed, n, d, k, grid, offset, kind):
-    """Also of duplicates, whose order is that of their numbers. Not of more ties than there are spare places."""
+    """Also of duplicates; which of many at one distance are given may differ."""
     reference = (clustered(seed, n, d) + offset).astype(kind)
     query = (clustered(seed + 1, 20, d) + offset).astype(kind)
     if grid:
