@@ -67,7 +67,7 @@ class Index(Protocol):
         """All cells in pieces that memory holds: (rows, their numbers)."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What to keep of the index, by name; what has a name never changes."""
+        """What to keep of the index, by name."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def build_index(
 
 
 def save_index(index: Index, folder: str | Path) -> None:
-    """Write an index into a folder, as plain arrays with checksums; what the folder holds already stays.
+    """Write an index into a folder, as plain arrays with checksums; of one opened there, only what is new.
 
     A reader, or a kill, finds the old index or the new one.
     """

@@ -231,7 +231,7 @@ class IVFIndex:
         return points_nk
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What to keep of the index, by name; what has a name never changes."""
+        """What to keep of the index, by name."""
         parts: dict[str, Any] = {f"centres-{self.epoch}": self.centres}
         parts |= {f"lists-{self.epoch}-{number}": segment for number, segment in enumerate(self.segments)}
         return {f"{name}-{key}": value for name, part in parts.items() for key, value in vars(part).items()}
