@@ -117,7 +117,9 @@ def test_what_anndata_wrote_can_be_amended_too(mapped):
     pd.testing.assert_frame_equal(again.obs[list(cells.obs.columns)], cells.obs)
 
 
-def test_levels_thresholds_and_novelty_are_written_and_reported(mapped):
+def test_levels_thresholds_and_novelty_are_written_and_reported(mapped, capsys):
+    from streamx.cli.main import main
+
     model, out = mapped
     kinds = read(model / "reference.zarr").obs["kind"].astype(object)
     lineage = kinds.map({"B": "lymphoid", "NK": "lymphoid", "T": "lymphoid", "mono": "myeloid"})
@@ -144,7 +146,10 @@ def test_levels_thresholds_and_novelty_are_written_and_reported(mapped):
     assert set(found["per_label"]) == {"B", "NK", "T", "mono"}
     recall = [label["recall"] for label in found["per_label"].values()]
     assert found["balanced_accuracy"] == pytest.approx(np.mean(recall))
-    json.dumps(found, allow_nan=False)
+    words = "--label-key kind --within lineage --keep 0.9 --novelty --truth-key truth --json".split()
+    assert main(["transfer", str(model), str(out), *words]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {name: said[name] for name in found} == found
     sx.transfer(model, out, label_key="lineage")
     sx.transfer(model, out, label_key="kind")
     assert "kind_novelty" not in read(out / "q1.zarr").obs
