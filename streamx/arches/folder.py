@@ -150,16 +150,16 @@ def keys_in(model: Model) -> Keys:
     return Keys.of(kept["keys"]) if kept else Keys(layer=model.card.get("layer"))
 
 
-def reference_of(reference: Any, kind: str) -> tuple[Model, Keys]:
+def reference_of(reference: Any, kind: str | None = None) -> tuple[Model, Keys]:
     """The model of a trained object, or in a folder, and what its data were called.
 
     Raises
     ------
     UsageError
-        If it is of another kind.
+        If it is of another kind than asked for.
     """
     state = getattr(reference, "state", None)
     model = trained_model(state) if isinstance(state, State) else load_model(reference)
-    if model.kind != kind:
+    if kind not in (None, model.kind):
         raise UsageError(f"the reference is a {model.kind}, not a {kind}", fix=_class_of(model.kind))
     return model, state.keys if isinstance(state, State) else keys_in(model)
