@@ -197,7 +197,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
     """A network, and the minibatches to train it with: of all cells, or of a range of rows."""
     view, config, ranks = run.view, run.config, run.ranks
     columns = columns_of(view, run.schema, run.device)
-    parts = _parts(view.n_obs, rows, config)
+    parts = _parts(view.n_obs, rows, run)
     n_cells = view.n_obs if rows is None else rows[1] - rows[0]
     options: dict[str, Any] = {
         "device": run.device,
@@ -279,15 +279,20 @@ def _with_labelled(module: Any) -> Callable[..., dict[str, Tensor]]:
     return loss
 
 
-def _parts(n: int, rows: tuple[int, int] | None, config: TrainConfig) -> dict[str, Any]:
+def _parts(n: int, rows: tuple[int, int] | None, run: Run) -> dict[str, Any]:
     """Which of n cells train and which validate, as a loader takes it; no validation: None."""
-    share = config.train_size or 1.0
+    if run.split is not None:
+        train, validation = run.split["train"], run.split["validation"]
+        if (train & validation).any() or not train.any():
+            raise UsageError("no cell trains, or some both train and validate", fix="another split")
+        return {"train": train, "validation": validation if validation.any() else None}
+    share = run.config.train_size or 1.0
     if share > 1:
         raise UsageError(f"train_size = {share}", fix="a share of the cells, above 0 and at most 1")
     low, high = rows or (0, n)
     if round((high - low) * (1 - share)) == 0:
         return {"train": rows, "validation": None}
-    within = split(high - low, {"train": share, "validation": 1 - share}, seed=config.seed)
+    within = split(high - low, {"train": share, "validation": 1 - share}, seed=run.config.seed)
     return {name: np.pad(mask, (low, n - high)) for name, mask in within.items()}
 
 
