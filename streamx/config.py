@@ -420,7 +420,7 @@ class TrvaeConfig:
     )
     recon_loss: str = option(
         "nb",
-        "likelihood of the counts: nb, zinb, or mse (squared error of ln(1 + x))",
+        "likelihood of the counts: nb, zinb; or mse (squared error of ln(1 + x)), for normalised values too",
         choices=("mse", "nb", "zinb"),
     )
     beta: float = option(1.0, "weight of the discrepancy", least=0)

@@ -34,6 +34,7 @@ from streamx.store.cells import FILE
 from streamx.store.collection import Collection
 from streamx.store.convert import convert
 from streamx.surgery.cells import lay_query
+from streamx.train.build import takes_floats
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
 from streamx.train.model import Model, load_model
@@ -238,6 +239,7 @@ def training_cells(state: State) -> Collection:
         batch_key=keys.batch_key or FILE,
         layer=keys.layer,
         obsm=(obsm,) if obsm else (),
+        allow_float=takes_floats(state.network),
         memory=state.memory,
     )
     return state.cells

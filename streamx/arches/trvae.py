@@ -34,7 +34,8 @@ class TRVAE:
     conditions
         Their names, to be checked against the data.
     hidden_layer_sizes, latent_dim, dr_rate, use_mmd, mmd_on, mmd_boundary, recon_loss, beta, use_bn, use_ln
-        Fields of :class:`~streamx.config.TrvaeConfig`, as documented.
+        Fields of :class:`~streamx.config.TrvaeConfig`, as documented. With ``recon_loss="mse"`` X may hold
+        normalised values; where these are logarithms already, add ``log_input=False``.
     options
         Its other fields, and what ``SCVI`` takes besides: ``folder``, ``memory``, ``layer``, ``use_cuda``.
 

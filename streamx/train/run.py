@@ -124,7 +124,7 @@ def train(
         raise UsageError(
             "holds a store or view", where=str(output), fix="choose another folder for the model"
         )
-    schema = scalex_schema(view) if config.model == "scalex" else counts.schema_of(view, config)
+    schema = scalex_schema(view) if config.model == "scalex" else counts.schema_of(view, config, network)
     fingerprint = _fingerprint(view, config, network)
     if split is not None:
         if config.model == "scalex":
