@@ -138,14 +138,18 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for case in dict.fromkeys(json.dumps(row["case"]) for row in rows):
         of_case = [row for row in rows if json.dumps(row["case"]) == case]
-        lines += ["", case, "| way | called | false share | most | unchanged share | power |"]
-        for name in of_case[0]["ways"]:
-            ways = [row["ways"][name] for row in of_case]
+        lines += ["", case, "| way | seeds | called | false share | most | unchanged share | power |"]
+        for name in (*OURS, *PEERS):
+            ways = [row["ways"][name] for row in of_case if name in row["ways"]]
+            if not ways:
+                continue
             share = {c: [w[c] / max(w["called"], 1) for w in ways] for c in ("false", "unchanged")}
             numbers = [np.mean(share["false"]), max(share["false"]), np.mean(share["unchanged"])]
             numbers += [np.mean([w["power"] for w in ways])]
             called = np.mean([w["called"] for w in ways])
-            lines.append(f"| {name} | {called:.1f} | " + " | ".join(f"{x:.3f}" for x in numbers) + " |")
+            lines.append(
+                f"| {name} | {len(ways)} | {called:.1f} | " + " | ".join(f"{x:.3f}" for x in numbers) + " |"
+            )
     return "\n".join(lines)
 
 
