@@ -27,7 +27,7 @@ from streamx.config import (
     build,
     parse_bytes,
 )
-from streamx.errors import UntrainedError, UsageError, warn
+from streamx.errors import BadValuesError, UntrainedError, UsageError, warn
 from streamx.preprocess.run import preprocess
 from streamx.query import read_blocks
 from streamx.store.cells import FILE
@@ -233,15 +233,20 @@ def training_cells(state: State) -> Collection:
         raise UsageError("several files and no batch_key", fix="name the obs column that holds the batches")
     data = with_protein_names(state.data, keys) if hasattr(state.data, "obsm") else state.data
     obsm = keys.protein_expression_obsm_key if state.kind == "totalvi" else None
-    state.cells = convert(
-        data if isinstance(data, (list, tuple)) else [data],
-        state.folder / "store",
-        batch_key=keys.batch_key or FILE,
-        layer=keys.layer,
-        obsm=(obsm,) if obsm else (),
-        allow_float=takes_floats(state.network),
-        memory=state.memory,
-    )
+    try:
+        state.cells = convert(
+            data if isinstance(data, (list, tuple)) else [data],
+            state.folder / "store",
+            batch_key=keys.batch_key or FILE,
+            layer=keys.layer,
+            obsm=(obsm,) if obsm else (),
+            allow_float=takes_floats(state.network),
+            memory=state.memory,
+        )
+    except BadValuesError as error:
+        model = "" if state.kind == "trvae" else "trVAE with "
+        fix = (error.fix or "").replace("--allow-float", f"{model}recon_loss='mse'")
+        raise BadValuesError(error.what, where=error.where, fix=fix) from None
     return state.cells
 
 
@@ -321,8 +326,8 @@ def query_cells(state: State, model: Model, mask_missing: bool) -> Collection:
     options = {"memory": state.memory, "threads": 0}
     if collection is not None:
         there = list(map(str, collection.var_names))
-        same = there == list(model.genes)
-        genes = [name for name in model.genes if not mask_missing or name in set(there)]
+        same, known = there == list(model.genes), set(there)
+        genes = [name for name in model.genes if name in known] if mask_missing else list(model.genes)
         settings: dict[str, Any] = {"profile": "counts", "genes": genes, "keep_mt": True}
         settings |= {"min_features": 0, "min_cells": 0}
         state.cells = collection if same else preprocess(collection, path, **settings, **options)

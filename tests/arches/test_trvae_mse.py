@@ -84,7 +84,11 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadValuesError) as caught:
         sx.TRVAE(normalised(), "study", **SMALL).train(1, **QUICK)
-    assert "counts" in str(caught.value.fix)
+    fix = "give the raw counts; or recon_loss='mse' if normalised values are meant"
+    assert caught.value.fix == fix
+    with pytest.raises(BadValuesError) as caught:
+        sx.SCVI(normalised(), batch_key="study").train(1, **QUICK)
+    assert caught.value.fix == fix.replace("recon", "trVAE with recon")
     centred = normalised()
     centred.X -= centred.X.mean(0)
     with pytest.raises(BadValuesError, match="negative"):
