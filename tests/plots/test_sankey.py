@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -45,7 +47,7 @@ def test_names_are_keyed_by_side_and_bars_ascend():
             ends = sorted((getattr(band, starts), getattr(band, starts) + band.width) for band in own)
             assert ends[0][0] == pytest.approx(bar.low)
             assert ends[-1][1] == pytest.approx(bar.high)
-            assert all(a[1] == pytest.approx(b[0]) for a, b in zip(ends, ends[1:], strict=False))
+            assert all(a[1] == pytest.approx(b[0]) for a, b in pairwise(ends))
 
 
 def texts(figure):
