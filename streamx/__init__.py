@@ -24,6 +24,7 @@ _PUBLIC: dict[str, str] = {
     "transfer": "streamx.mapping:transfer",
     "metrics": "streamx.mapping:metrics",
     "export": "streamx.export:export",
+    "report": "streamx.report:report",
     "integrate": "streamx.integrate:integrate",
     "simulate": "streamx.simulate.write:simulate",
     "SCALEX": "streamx.integrate:SCALEX",

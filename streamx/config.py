@@ -706,6 +706,24 @@ class PlotConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    model: str | None = option(
+        None, "folder of the reference (default: where the job of `map` says that it is)"
+    )
+    label_key: str | None = option(None, "the labels that were transferred (default: those that there are)")
+    truth_key: str | None = option(
+        None, "obs column of the queries with the given labels (default: the label key, where they have it)"
+    )
+    batch_key: str | None = option(
+        None, "obs column with batches (default: the one that the store was made with)"
+    )
+    metrics: bool = option(True, "score mixing and labels, unless the job has scored each query")
+    max_cells: int = option(30_000, "draw at most this many cells, half of them of the reference", least=100)
+    seed: int = option(0, "seed of the cells that are drawn, of the UMAP, and of sampled metrics", least=0)
+    threads: int = option(0, "threads (0: one per core)", least=0)
+
+
+@dataclass(frozen=True)
 class IntegrateConfig:
     """SCALEX's one call, in its own words and with its own defaults (documented signature)."""
 

@@ -46,6 +46,7 @@ ROOMS: dict[str, set[str]] = {
     "metrics": CORE | {"labels", "neighbors"},
     "plots": CORE | {"labels", "neighbors", "metrics"},
     "figures": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
+    "report": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
     "surgery": DATA | {"models", "train", "query", "project", "mapping"},
     "arches": DATA | {"models", "posterior", "train", "query", "project", "surgery"},
@@ -67,6 +68,7 @@ ROOMS: dict[str, set[str]] = {
         "export",
         "figures",
         "plots",
+        "report",
         "demo",
     }
     | {"simulate"},
