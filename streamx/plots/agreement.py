@@ -71,17 +71,15 @@ def confusion(
     counts = crosstab(y, y_pred) if counts is None else counts
     if not counts.to_numpy().any():
         raise UsageError("no cell has both a label and a prediction")
-    labels, found = list(counts.index), list(counts.columns)
-    matching: dict[str, str] = (
-        _matched(counts) if not set(labels) & set(found) else {name: name for name in found}
-    )
-    order = sorted(found, key=lambda name: _place(matching.get(name, name), name, labels))
+    labels: list[str] = list(counts.index)
+    found: list[str] = list(counts.columns)
+    matching = {name: name for name in found}
+    if not set(labels) & set(found):
+        matching |= _matched(counts)
+    order = sorted(found, key=lambda name: _place(matching[name], name, labels))
     table = counts[order].to_numpy(dtype=np.float64)
-    hits = sum(
-        table[labels.index(matching[name]), at]
-        for at, name in enumerate(order)
-        if matching.get(name) in labels
-    )
+    own = [(labels.index(matching[name]), at) for at, name in enumerate(order) if matching[name] in labels]
+    hits = sum(table[place] for place in own)
     with matplotlib.rc_context(style.RC):
         on_screen = style.can_show(show, save)
         figure = heat_map(

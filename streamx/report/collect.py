@@ -44,6 +44,8 @@ def collect(output: str | Path | Location, config: ReportConfig, *, progress: bo
     parts = list(_planned(out, plan)) if plan else [(q, q.name) for q in read_queries(out, cells)]
     mapped = [part for part, _ in parts if part is not None]
     key = _label_key(config.label_key or plan.get("settings", {}).get("label_key"), mapped)
+    if config.truth_key is not None and not any(config.truth_key in part.columns for part in mapped):
+        raise UsageError(f"no query has the obs column {config.truth_key!r}", where=str(out))
     card = json.loads(model.read("model.json"))
     rng = np.random.default_rng(config.seed)
     share = config.max_cells // 2
@@ -129,7 +131,7 @@ def _recorded(out: Location, plan: Mapping[str, Any], name: str) -> Query:
         return json.loads(out.read(f"{kind}/{name}.json")) if out.exists(f"{kind}/{name}.json") else {}
 
     record, spent = written("records"), written("timings")
-    planned = next((query for query in plan.get("queries", ()) if query["name"] == name), {})
+    planned: dict[str, Any] = next((query for query in plan.get("queries", ()) if query["name"] == name), {})
     sources = record.get("source") or planned.get("source") or ()
     error = record.get("error")
     if isinstance(error, dict):
@@ -138,9 +140,9 @@ def _recorded(out: Location, plan: Mapping[str, Any], name: str) -> Query:
     return Query(
         name=name,
         source=", ".join(map(without_secrets, [sources] if isinstance(sources, str) else sources)),
-        error=error,
+        error=None if error is None else without_secrets(error),
         metrics=metric_rows(record.get("metrics") or {}),
-        warnings=[str(text) for text in record.get("warnings", ())],
+        warnings=[without_secrets(str(text)) for text in record.get("warnings", ())],
         about={name: spent[name] for name in ("seconds", "cpu_seconds", "peak_rss_bytes") if name in spent},
     )
 

@@ -11,11 +11,11 @@ from streamx.config import UNLABELED
 from streamx.plots.style import NO_COLOR
 from streamx.report.facts import Facts, Metric, Query
 from streamx.report.pictures import Picture, histogram_svg, sankey_svg
-from streamx.report.text import escape, name, number, share, shortened
+from streamx.report.text import NONE, escape, name, number, share, shortened
 
 # Even if a name slipped through unescaped, a browser would load and run nothing.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-MOST_LABELS, MOST_GENES, MOST_NOTES, MOST_CHIPS = 40, 60, 12, 60
+MOST_LABELS, MOST_GENES, MOST_NOTES, MOST_CHIPS, MOST_ROWS = 40, 60, 12, 60, 30
 MEANINGS = {
     "batch_entropy_mixing": "batches mixed around each cell (SCALEX); 0 apart, ln 2 = 0.693 mixed",
     "ebm": "batches mixed around each cell (scArches); 0 apart, 1 mixed",
@@ -126,7 +126,8 @@ def _overview(facts: Facts, color: Mapping[str, str], overview: Sequence[Picture
     if not overview:
         return ""
     figures = "".join(_figure(picture) for picture in overview)
-    drawn = f'<p class="soft">UMAP of {len(facts.sketch.origin_n):,} cells, drawn at random where there are more.</p>'
+    n = len(facts.sketch.origin_n)
+    drawn = f'<p class="soft">UMAP of {n:,} cells, drawn at random where there are more.</p>'
     return f'<h2>Where the cells lie</h2><div class="pictures">{figures}</div>{_legend(facts, color)}{drawn}'
 
 
@@ -175,11 +176,14 @@ def _metrics(metrics: Sequence[Metric], heading: str) -> str:
             certain = f"{number(metric.interval[0])} to {number(metric.interval[1])}"
         elif metric.value is None:
             certain = metric.reason or "not defined here"
-        rows.append(
-            f'<tr><th scope="row">{name(metric.name)}</th>{_cell("value", number(metric.value), "n")}'
-            f"{_cell('exact, or 95 % interval', name(certain))}{_cell('cells or draws', number(metric.n), 'n')}"
-            f"{_cell('meaning', escape(MEANINGS.get(metric.name, '')), 'wide soft')}</tr>"
-        )
+        cells = [
+            f'<th scope="row">{name(metric.name.replace("_", " "))}</th>',
+            _cell("value", number(metric.value), "n"),
+            _cell("exact, or 95 % interval", name(certain)),
+            _cell("cells or draws", number(metric.n), "n"),
+            _cell("meaning", escape(MEANINGS.get(metric.name, "")), "wide soft"),
+        ]
+        rows.append(f"<tr>{''.join(cells)}</tr>")
     head = _head(
         ("metric", ""),
         ("value", "n"),
@@ -220,14 +224,13 @@ def _table(facts: Facts, color: Mapping[str, str]) -> str:
     for at, query in enumerate(facts.queries):
         link = f'<th scope="row"><a href="#q{at}">{name(query.name, 60)}</a></th>'
         if query.error is not None:
-            rows.append(
-                f'<tr>{link}<td class="bad wide" colspan="{len(columns) - 1}">{name(query.error, 200)}</td></tr>'
-            )
+            failed = f'<td class="bad wide" colspan="{len(columns) - 1}">{name(query.error, 200)}</td>'
+            rows.append(f"<tr>{link}{failed}</tr>")
             continue
         cells = [
             _cell("cells", number(query.n_cells), "n"),
             _cell("placed", share(query.n_passed, query.n_cells), "n"),
-            _cell("genes found", "–" if query.gene_overlap is None else f"{query.gene_overlap:.1%}", "n"),
+            _cell("genes found", _percent(query.gene_overlap), "n"),
         ]
         if labelled:
             mean = None if query.labelling is None else query.labelling.mean
@@ -239,8 +242,13 @@ def _table(facts: Facts, color: Mapping[str, str]) -> str:
             cells.append(_cell("labels", _stack(query, color), "wide"))
         rows.append(f"<tr>{link}{''.join(cells)}</tr>")
     table = f'<table class="folds">{_head(*columns)}<tbody>{"".join(rows)}</tbody></table>'
-    opened = " open" if len(rows) <= 30 else ""
-    return f"<h2>Queries</h2><details{opened}><summary>{len(rows):,} queries in a table</summary>{table}</details>"
+    opened = " open" if len(rows) <= MOST_ROWS else ""
+    summary = f"<summary>{len(rows):,} queries in a table</summary>"
+    return f"<h2>Queries</h2><details{opened}>{summary}{table}</details>"
+
+
+def _percent(part: float | None) -> str:
+    return NONE if part is None else f"{part:.1%}"
 
 
 def _stack(query: Query, color: Mapping[str, str]) -> str:
@@ -267,11 +275,14 @@ def _queries(facts: Facts, color: Mapping[str, str], pictures: Mapping[int, Pict
     opened = " open" if len(facts.queries) == 1 else ""
     parts = []
     for at, query in enumerate(facts.queries):
+        inside = _query(query, color, pictures.get(at), at in flows)
+        if query.error is None and at not in pictures and len(facts.mapped) > 1:
+            inside += _left_out("picture")
         told = f"{query.n_cells:,} cells" if query.error is None else "failed"
         kind = "soft" if query.error is None else "bad"
         parts.append(
             f'<details{opened}><summary>{name(query.name, 120)} <span class="{kind}">{told}</span></summary>'
-            f'<div id="q{at}">{_query(query, color, pictures.get(at), at in flows)}</div></details>'
+            f'<div id="q{at}">{inside}</div></details>'
         )
     heading = "The query" if len(parts) == 1 else "Query by query"
     return f"<h2>{heading}</h2>{''.join(parts)}"
@@ -284,8 +295,7 @@ def _query(query: Query, color: Mapping[str, str], picture: Picture | None, flow
     if query.warnings:
         items = "".join(f"<li>{name(text, 2_000)}</li>" for text in query.warnings)
         parts.append(f'<ul class="notes warn">{items}</ul>')
-    if query.error is None:
-        parts.append(_figures(query, picture))
+    parts.append(_figures(query, picture))
     if query.labelling is not None:
         parts.append(_composition(query, color))
     if query.agreement:
@@ -293,8 +303,7 @@ def _query(query: Query, color: Mapping[str, str], picture: Picture | None, flow
             f"{escape(what.replace('_', ' '))} {number(value)}" for what, value in query.agreement.items()
         )
         parts.append(f"<h3>Given labels</h3><p>{scores}</p>")
-        if flow:
-            parts.append(_sankey(query.given, color))
+        parts.append(_sankey(query.given, color) if flow else _left_out("flow of labels"))
     parts.append(_metrics(query.metrics, "h3"))
     parts.append(_genes(query))
     about = {"source": query.source} if query.source else {}
@@ -305,10 +314,12 @@ def _query(query: Query, color: Mapping[str, str], picture: Picture | None, flow
     return "".join(parts)
 
 
+def _left_out(what: str) -> str:
+    return f'<p class="soft">No {what} of its own: the page would be too large.</p>'
+
+
 def _figures(query: Query, picture: Picture | None) -> str:
-    figures = []
-    if picture is not None:
-        figures.append(_figure(picture))
+    figures = [] if picture is None else [_figure(picture)]
     if query.labelling is not None:
         mean = number(query.labelling.mean)
         figures.append(

@@ -1,4 +1,4 @@
-"""The pictures of a report: cells as PNG in data URIs, flows and histograms as SVG that stands in the page."""
+"""The pictures of a report: cells as PNG in data URIs, flows and histograms as SVG in the page itself."""
 
 from __future__ import annotations
 

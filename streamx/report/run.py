@@ -86,7 +86,7 @@ def _draw(
         overview.append(Picture(draw_cells(sketch, xy_n2, queries, None), "Queries, by uncertainty"))
     pictures: dict[int, Picture] = {}
     room = MOST_BYTES - sum(picture.size for picture in overview)
-    drawn = np.unique(sketch.origin_n[queries]).tolist()
+    drawn = np.unique(sketch.origin_n[queries]).tolist() if len(facts.mapped) > 1 else []
     for at in tqdm(drawn, desc="pictures", leave=False, disable=None if progress else True):
         name = facts.queries[at].name
         picture = Picture(draw_cells(sketch, xy_n2, sketch.origin_n == at, color), f"{name}{of}")

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 LONGEST = 200
+NONE = "\N{EN DASH}"
 # What HTML does not allow in text (C0 and C1 controls, lone surrogates, noncharacters).
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
 
@@ -30,7 +31,7 @@ def name(value: Any, most: int = LONGEST) -> str:
 def number(value: Any) -> str:
     """A number as people read it; a dash for none."""
     if value is None or (isinstance(value, float) and value != value):
-        return "–"
+        return NONE
     if isinstance(value, bool | str):
         return name(value)
     if isinstance(value, int):
@@ -39,4 +40,4 @@ def number(value: Any) -> str:
 
 
 def share(part: float, whole: float) -> str:
-    return f"{part / whole:.1%}" if whole else "–"
+    return f"{part / whole:.1%}" if whole else NONE
