@@ -56,13 +56,15 @@ class Flow:
         return max(self.left[-1].high, self.right[-1].high)
 
 
-def lay_out(counts: pd.DataFrame, gap: float = 0.03) -> Flow:
-    """Bars by ascending count from 0 upwards on each side, `gap` of all cells between two; bands in order.
+def lay_out(counts: pd.DataFrame, gap: float = 0.03, *, ascending: bool = True) -> Flow:
+    """Where bars and bands are: from 0 upwards on each side, `gap` of all cells between two bars.
 
     Parameters
     ----------
     counts
         (left names, right names): cells with both (:func:`~streamx.labels.crosstab`).
+    ascending
+        Bars by ascending count; else in the order of the table.
     """
     table = counts.to_numpy(dtype=np.int64)
     total = int(table.sum())
@@ -71,7 +73,9 @@ def lay_out(counts: pd.DataFrame, gap: float = 0.03) -> Flow:
     sides: list[list[Bar]] = []
     orders: list[list[int]] = []
     for names, sums in ((counts.index, table.sum(axis=1)), (counts.columns, table.sum(axis=0))):
-        order = sorted(np.flatnonzero(sums).tolist(), key=lambda at: (sums[at], str(names[at])))
+        order = np.flatnonzero(sums).tolist()
+        if ascending:
+            order.sort(key=lambda at: (sums[at], str(names[at])))
         bars, low = [], 0.0
         for at in order:
             high = low + float(sums[at]) / total

@@ -23,7 +23,7 @@ from streamx.schema import WARN_BELOW
 from streamx.store.location import Location, follow, open_location
 
 PLAN = "map.json"
-MANY_UNKNOWN, MANY_UNCERTAIN = 0.2, 0.5  # above these shares a query is worth a second look
+MANY_LEFT_OUT, MANY_UNKNOWN, UNCERTAIN = 0.2, 0.2, 0.5  # above these a query is worth a second look
 SETTINGS_SHOWN = ("norm", "scale", "batch_key", "min_features")
 
 
@@ -143,8 +143,18 @@ def _recorded(out: Location, plan: Mapping[str, Any], name: str) -> Query:
         error=None if error is None else without_secrets(error),
         metrics=metric_rows(record.get("metrics") or {}),
         warnings=[without_secrets(str(text)) for text in record.get("warnings", ())],
-        about={name: spent[name] for name in ("seconds", "cpu_seconds", "peak_rss_bytes") if name in spent},
+        about=_spent(spent),
     )
+
+
+def _spent(timings: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name in ("seconds", "cpu_seconds"):
+        if name in timings:
+            found[name] = f"{timings[name]:,.1f}"
+    if "peak_rss_bytes" in timings:
+        found["peak memory"] = f"{timings['peak_rss_bytes'] / 1e9:.2f} GB"
+    return found
 
 
 def _query(cells: Cells, known: Query, key: str | None, truth_key: str | None) -> Query:
@@ -189,8 +199,9 @@ def second_looks(query: Query, uns: Mapping[str, Any]) -> list[str]:
     told = " ".join(query.warnings)
     if query.gene_overlap is not None and query.gene_overlap < WARN_BELOW and "genes" not in told:
         found.append(f"has {query.gene_overlap:.0%} of the reference's genes; the others count as zero")
-    if query.n_passed < query.n_cells and "without a latent" not in told:
-        found.append(f"{query.n_cells - query.n_passed:,} of {query.n_cells:,} cells did not pass the filter")
+    left_out = query.n_cells - query.n_passed
+    if left_out > MANY_LEFT_OUT * query.n_cells and "without a latent" not in told:
+        found.append(f"{left_out:,} of {query.n_cells:,} cells did not pass the filter")
     small = uns.get("reference_statistics") or []
     if small and "statistics" not in told:
         found.append(f"too few cells for statistics of their own: {', '.join(small[:5])}")
@@ -198,7 +209,7 @@ def second_looks(query: Query, uns: Mapping[str, Any]) -> list[str]:
         unknown = sum(query.labelling.counts.get(name, 0) for name in UNLABELED) / query.n_passed
         if unknown > MANY_UNKNOWN:
             found.append(f"{unknown:.0%} of the cells stayed Unknown: types that the reference lacks?")
-        if query.labelling.mean > MANY_UNCERTAIN:
+        if query.labelling.mean > UNCERTAIN:
             found.append(f"labels are uncertain: {query.labelling.mean:.2f} on average")
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def make_page(
     color: Mapping[str, str],
     overview: Sequence[Picture],
     pictures: Mapping[int, Picture],
-    flows: set[int],
+    flows: Mapping[int, str],
 ) -> str:
     """The page.
 
@@ -49,7 +50,7 @@ def make_page(
     overview
         Pictures of all cells.
     pictures, flows
-        By the query's position: its picture; whether its flow is drawn. What is left out, for the page's
+        By the query's position: its picture, and its labels' flow as SVG. What is left out, for the page's
         size, is said.
     """
     title = f"{len(facts.queries)} {_plural(len(facts.queries), 'query', 'queries')} mapped onto "
@@ -60,7 +61,7 @@ def make_page(
         _tiles(facts),
         _notes(facts),
         _overview(facts, color, overview),
-        _flow(facts, color),
+        _flows(facts, color),
         _metrics(facts.metrics, "h2"),
         _table(facts, color),
         _queries(facts, color, pictures, flows),
@@ -148,21 +149,18 @@ def _legend(facts: Facts, color: Mapping[str, str]) -> str:
     return text if items else ""
 
 
-def _flow(facts: Facts, color: Mapping[str, str]) -> str:
+def _flows(facts: Facts, color: Mapping[str, str]) -> str:
     """Given against transferred labels of all queries together."""
     tables = [query.given for query in facts.mapped if query.given is not None]
     if len(tables) < 2:
         return ""
-    whole = tables[0]
-    for table in tables[1:]:
-        whole = whole.add(table, fill_value=0)
-    return f"<h2>Given and transferred labels, all queries</h2>{_sankey(whole.fillna(0).astype(int), color)}"
+    whole = reduce(lambda sums, table: sums.add(table, fill_value=0), tables).fillna(0).astype(int)
+    return f"<h2>Given and transferred labels, all queries</h2>{_flow(whole, sankey_svg(whole, color))}"
 
 
-def _sankey(counts: Any, color: Mapping[str, str]) -> str:
+def _flow(counts: Any, svg: str) -> str:
     n = int(counts.to_numpy().sum())
-    note = f'<p class="soft">Left: given, right: transferred; {n:,} cells that have both.</p>'
-    return note + sankey_svg(counts, color, ("given labels", "transferred labels"))
+    return f'<p class="soft">Left: given, right: transferred; {n:,} cells that have both.</p>{svg}'
 
 
 def _metrics(metrics: Sequence[Metric], heading: str) -> str:
@@ -271,11 +269,13 @@ def _unknown(query: Query) -> int:
 # -- one query -----------------------------------------------------------------------------------------
 
 
-def _queries(facts: Facts, color: Mapping[str, str], pictures: Mapping[int, Picture], flows: set[int]) -> str:
+def _queries(
+    facts: Facts, color: Mapping[str, str], pictures: Mapping[int, Picture], flows: Mapping[int, str]
+) -> str:
     opened = " open" if len(facts.queries) == 1 else ""
     parts = []
     for at, query in enumerate(facts.queries):
-        inside = _query(query, color, pictures.get(at), at in flows)
+        inside = _query(query, color, pictures.get(at), flows.get(at))
         if query.error is None and at not in pictures and len(facts.mapped) > 1:
             inside += _left_out("picture")
         told = f"{query.n_cells:,} cells" if query.error is None else "failed"
@@ -288,7 +288,7 @@ def _queries(facts: Facts, color: Mapping[str, str], pictures: Mapping[int, Pict
     return f"<h2>{heading}</h2>{''.join(parts)}"
 
 
-def _query(query: Query, color: Mapping[str, str], picture: Picture | None, flow: bool) -> str:
+def _query(query: Query, color: Mapping[str, str], picture: Picture | None, flow: str | None) -> str:
     parts = []
     if query.error is not None:
         parts.append(f'<p class="bad">{name(query.error, 2_000)}</p>')
@@ -299,11 +299,8 @@ def _query(query: Query, color: Mapping[str, str], picture: Picture | None, flow
     if query.labelling is not None:
         parts.append(_composition(query, color))
     if query.agreement:
-        scores = ", ".join(
-            f"{escape(what.replace('_', ' '))} {number(value)}" for what, value in query.agreement.items()
-        )
-        parts.append(f"<h3>Given labels</h3><p>{scores}</p>")
-        parts.append(_sankey(query.given, color) if flow else _left_out("flow of labels"))
+        parts.append(_agreement(query.agreement))
+        parts.append(_left_out("flow of labels") if flow is None else _flow(query.given, flow))
     parts.append(_metrics(query.metrics, "h3"))
     parts.append(_genes(query))
     about = {"source": query.source} if query.source else {}
@@ -312,6 +309,14 @@ def _query(query: Query, color: Mapping[str, str], picture: Picture | None, flow
     }
     parts.append(f"<h3>Record</h3>{_facts(about | query.about)}")
     return "".join(parts)
+
+
+def _agreement(scores: Mapping[str, Any]) -> str:
+    told = [
+        f"{what.replace('_', ' ')} {number(value)}" for what, value in scores.items() if what != "n_scored"
+    ]
+    n = scores["n_scored"]
+    return f"<h3>Given labels</h3><p>{', '.join(told)}, of {n:,} cells; those not placed count as wrong.</p>"
 
 
 def _left_out(what: str) -> str:
@@ -326,12 +331,7 @@ def _figures(query: Query, picture: Picture | None) -> str:
             f"<figure>{histogram_svg(query.labelling.histogram)}"
             f"<figcaption>Cells by the uncertainty of their label; mean {mean}</figcaption></figure>"
         )
-    note = (
-        ""
-        if picture is not None
-        else '<p class="soft">No picture of its own: the page would be too large.</p>'
-    )
-    return f'{note}<div class="pictures">{"".join(figures)}</div>' if figures else note
+    return f'<div class="pictures">{"".join(figures)}</div>' if figures else ""
 
 
 def _composition(query: Query, color: Mapping[str, str]) -> str:
@@ -347,7 +347,7 @@ def _composition(query: Query, color: Mapping[str, str]) -> str:
             f"{_cell('share', f'{share(count, query.n_passed)} {bar}')}"
             f"{_cell('mean uncertainty', number(query.labelling.uncertainty[label]), 'n')}</tr>"
         )
-    head = _head(("label", ""), ("cells", "n"), ("share", ""), ("mean uncertainty", "n"))
+    head = _head(("label", ""), ("cells", "n"), ("share", ""), ("uncertainty", "n"))
     table = f'<table class="folds">{head}<tbody>{"".join(rows)}</tbody></table>'
     rest = list(counts.values())[MOST_LABELS:]
     more = f'<p class="soft">and {sum(rest):,} cells of {len(rest):,} rarer labels</p>' if rest else ""
@@ -387,16 +387,13 @@ def _origin(facts: Facts) -> str:
     return text
 
 
-UNITS = {"seconds": "{:,.1f} s", "cpu_seconds": "{:,.1f} s", "peak_rss_bytes": "{:,.0f} bytes"}
-
-
 def _facts(about: Mapping[str, Any]) -> str:
     """Names and values; what is None is left out."""
-    rows = []
-    for what, value in about.items():
-        if value is not None:
-            shown = escape(UNITS[what].format(value)) if what in UNITS else number(value)
-            rows.append(f"<dt>{name(what.replace('_', ' '), 80)}</dt><dd>{shown}</dd>")
+    rows = [
+        f"<dt>{name(what.replace('_', ' '), 80)}</dt><dd>{number(value)}</dd>"
+        for what, value in about.items()
+        if value is not None
+    ]
     return f"<dl>{''.join(rows)}</dl>" if rows else ""
 
 

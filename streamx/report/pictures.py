@@ -106,9 +106,9 @@ def histogram_svg(counts: np.ndarray) -> str:
     )
 
 
-def sankey_svg(counts: pd.DataFrame, color: Mapping[str, str], sides: tuple[str, str]) -> str:
+def sankey_svg(counts: pd.DataFrame, color: Mapping[str, str]) -> str:
     """Flows from given (left) to transferred labels (right), names over their bands."""
-    flow = lay_out(_folded(_folded(counts).T).T, gap=GAP / BODY)
+    flow = lay_out(_side_by_side(_folded(_folded(counts).T).T), gap=GAP / BODY, ascending=False)
     height = flow.height * BODY
     parts = []
     for band in flow.bands:
@@ -133,7 +133,7 @@ def sankey_svg(counts: pd.DataFrame, color: Mapping[str, str], sides: tuple[str,
             )
     return (
         f'<svg class="sankey" viewBox="0 -8 {WIDTH} {height + 16:.0f}" role="img" '
-        f'aria-label="{escape(sides[0])} against {escape(sides[1])}">{"".join(parts)}</svg>'
+        f'aria-label="given against transferred labels">{"".join(parts)}</svg>'
     )
 
 
@@ -143,6 +143,17 @@ def _curve(start: float, stop: float, way: int) -> str:
     third, reach = (to_x - from_x) / 3, SLOPE * (stop - start) / 3
     first, second = start + reach, stop - reach
     return f"C{from_x + third:.1f} {first:.1f} {to_x - third:.1f} {second:.1f} {to_x:.1f} {stop:.1f}"
+
+
+def _side_by_side(counts: pd.DataFrame) -> pd.DataFrame:
+    """The largest first, and the same names in the same order on both sides: few bands cross."""
+
+    def by_size(sums: pd.Series) -> list[str]:
+        return list(sums.sort_values(ascending=False, kind="stable").index)
+
+    left, right = by_size(counts.sum(axis=1)), by_size(counts.sum(axis=0))
+    same = [name for name in left if name in counts.columns]
+    return counts.loc[left, [*same, *(name for name in right if name not in same)]]
 
 
 def _folded(counts: pd.DataFrame) -> pd.DataFrame:

@@ -58,7 +58,7 @@ def report(
         names |= set() if query.given is None else set(query.given.index)
     color = label_colors({str(label) for label in names})
     overview, pictures = _draw(facts, color, config, progress)
-    flows = _fitting(facts, color, MOST_BYTES - sum(p.size for p in (*overview, *pictures.values())))
+    flows = _flows(facts, color, MOST_BYTES - sum(p.size for p in (*overview, *pictures.values())))
     text = make_page(facts, color, overview, pictures, flows).encode("utf-8")
     open_location(folder or ("/" if str(page).startswith("/") else ".")).write(file, text)
     log.info("%s: %.1f MB", page, len(text) / 1e6)
@@ -97,13 +97,14 @@ def _draw(
     return overview, pictures
 
 
-def _fitting(facts: Facts, color: Mapping[str, str], room: int) -> set[int]:
-    """The queries whose flow of labels still fits."""
-    fitting = set()
+def _flows(facts: Facts, color: Mapping[str, str], room: int) -> dict[int, str]:
+    """The flow of labels of each query, as long as they fit."""
+    flows = {}
     for at, query in enumerate(facts.queries):
         if query.given is not None and query.agreement:
-            room -= len(sankey_svg(query.given, color, ("", "")))
+            flow = sankey_svg(query.given, color)
+            room -= len(flow)
             if room < 0:
                 break
-            fitting.add(at)
-    return fitting
+            flows[at] = flow
+    return flows
