@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,9 @@ def write_job(model: Path, out: Path, names: Sequence[str], failed: Sequence[str
             record["error"] = {"what": "no counts", "where": f"/data/{at}.h5ad", "fix": "--allow-float"}
         else:
             record["metrics"] = {"ilisi": 0.425, "nmi": None, "details": details}
-            write_query(out, name, seed=at + 1, **uns)
+            if at < 3:
+                write_query(out, name, seed=at + 1, **uns)
+            else:  # quicker, where there are many
+                shutil.copytree(out / f"{names[at % 3]}.zarr", out / f"{name}.zarr")
         (out / "records" / f"{name}.json").write_text(json.dumps(record))
         (out / "timings" / f"{name}.json").write_text(json.dumps({"seconds": 1.5, "peak_rss_bytes": 10**9}))

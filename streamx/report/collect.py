@@ -76,8 +76,8 @@ def collect(output: str | Path | Location, config: ReportConfig, *, progress: bo
             np.concatenate([part.uncertainty_n for part in sketches]),
         ),
         metrics=overall,
-        about={"report made by": f"streamx {streamx.__version__}", "seed of the pictures": config.seed}
-        | {f"mapped by {tool}": version for tool, version in plan.get("versions", {}).items()},
+        about=_about(plan, card, config),
+        settings=dict(_flat(plan.get("settings", {}))),
     )
 
 
@@ -142,8 +142,11 @@ def _recorded(out: Location, plan: Mapping[str, Any], name: str) -> Query:
         source=", ".join(map(without_secrets, [sources] if isinstance(sources, str) else sources)),
         error=None if error is None else without_secrets(error),
         metrics=metric_rows(record.get("metrics") or {}),
-        warnings=[without_secrets(str(text)) for text in record.get("warnings", ())],
-        about=_spent(spent),
+        warnings=[
+            without_secrets(str(text)).replace("\n  fix: ", "; to mend: ")
+            for text in record.get("warnings", ())
+        ],
+        about=_spent(spent) | _voted(record.get("transfer") or {}),
     )
 
 
@@ -155,6 +158,15 @@ def _spent(timings: Mapping[str, Any]) -> dict[str, str]:
     if "peak_rss_bytes" in timings:
         found["peak memory"] = f"{timings['peak_rss_bytes'] / 1e9:.2f} GB"
     return found
+
+
+def _voted(transfer: Mapping[str, Any]) -> dict[str, Any]:
+    shown = {
+        "method": "labels by",
+        "n_neighbors": "neighbours that vote",
+        "knn_recall": "recall of their search",
+    }
+    return {words: transfer[name] for name, words in shown.items() if name in transfer}
 
 
 def _query(cells: Cells, known: Query, key: str | None, truth_key: str | None) -> Query:
@@ -270,6 +282,24 @@ def _reference(cells: Cells, card: Mapping[str, Any], key: str | None) -> Refere
         labels=_counts(encode_labels(known[key])) if key in known else {},
         about={name: value for name, value in about.items() if value is not None},
     )
+
+
+def _about(plan: Mapping[str, Any], card: Mapping[str, Any], config: ReportConfig) -> dict[str, Any]:
+    about = {"report made by": f"streamx {streamx.__version__}", "seed of the pictures": config.seed}
+    about |= {f"mapped by {tool}": version for tool, version in plan.get("versions", {}).items()}
+    planned = (plan.get("reference") or {}).get("id")
+    if planned not in (None, card.get("id"), *card.get("earlier", ())):
+        about["id of the model that was mapped onto"] = f"{planned}, which is another than the one here"
+    return about
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
+    """Settings of all steps, one name each."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{before}{name} ")
+        elif value is not None:
+            yield before + name, ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
 def _counts(labels: Labels) -> dict[str, int]:

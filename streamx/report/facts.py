@@ -120,8 +120,8 @@ class Facts:
     ----------
     metrics
         Of the reference and all queries together; empty where each query has its own.
-    about
-        Versions and settings of the whole.
+    about, settings
+        Versions, and the settings of the job.
     """
 
     reference: Reference
@@ -130,6 +130,7 @@ class Facts:
     sketch: Sketch
     metrics: list[Metric]
     about: dict[str, Any]
+    settings: dict[str, Any]
 
     @property
     def mapped(self) -> list[Query]:

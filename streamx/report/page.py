@@ -384,6 +384,8 @@ def _origin(facts: Facts) -> str:
         if counts:
             rows = _facts({label: f"{count:,} cells" for label, count in list(counts.items())[:200]})
             text += f"<details><summary>{len(counts):,} {what} of the reference</summary>{rows}</details>"
+    if facts.settings:
+        text += f"<details><summary>Settings</summary>{_facts(facts.settings)}</details>"
     return text
 
 
