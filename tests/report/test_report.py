@@ -15,6 +15,7 @@ from mapped_job import KINDS, write_job, write_query, write_reference
 import streamx as sx
 from streamx.config import ReportConfig
 from streamx.errors import UsageError
+from streamx.mapping import read_cells
 from streamx.report import pictures
 from streamx.report.collect import collect, without_secrets
 from streamx.report.text import escape
@@ -149,7 +150,7 @@ def test_same_bytes_again(job):
 def test_facts_are_those_of_the_cells(job):
     facts = collect(job / "out", ReportConfig(), progress=False)
     query = facts.queries[0]
-    cells = sx.mapping.read_cells(sx.open_location(job / "out" / "first.zarr"), "first")
+    cells = read_cells(sx.open_location(job / "out" / "first.zarr"), "first")
     passed = np.isfinite(cells.latent_nk).all(axis=1)
     predicted = cells.column("kind_pred").astype(str).to_numpy()[passed]
     given = cells.column("kind").to_numpy()
