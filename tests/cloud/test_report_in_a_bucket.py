@@ -9,13 +9,14 @@ import pytest
 from mapped_job import write_job, write_reference
 
 import streamx as sx
+from streamx.report import run
 from streamx.store.bucket import Bucket
 
 
 def test_report_of_a_job_in_a_bucket(
     bucket: Callable[..., Bucket], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("streamx.report.run.lay_out_cells", lambda sketch, **_: sketch.latent_nk[:, :2])
+    monkeypatch.setattr(run, "lay_out_cells", lambda sketch, **_: sketch.latent_nk[:, :2])
     write_reference(tmp_path / "model")
     write_job(tmp_path / "model", tmp_path / "out", ["first"], failed=["broken"])
     there = bucket("job")

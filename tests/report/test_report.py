@@ -16,7 +16,7 @@ import streamx as sx
 from streamx.config import ReportConfig
 from streamx.errors import UsageError
 from streamx.mapping import read_cells
-from streamx.report import pictures
+from streamx.report import pictures, run
 from streamx.report.collect import collect, without_secrets
 from streamx.report.text import escape
 
@@ -98,7 +98,7 @@ def check(page: Page) -> None:
 def flat(request, monkeypatch):
     """The first two dimensions for a UMAP, but for the test that is about the real one."""
     if request.node.name != "test_folder_that_project_wrote":
-        monkeypatch.setattr("streamx.report.run.lay_out_cells", lambda sketch, **_: sketch.latent_nk[:, :2])
+        monkeypatch.setattr(run, "lay_out_cells", lambda sketch, **_: sketch.latent_nk[:, :2])
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def test_hundred_queries_fit(job, monkeypatch):
         drawn.append(int(shown_n.sum()))
         return "data:image/png;base64," + base64.b64encode(b"\x89PNG" + bytes(20_000)).decode()
 
-    monkeypatch.setattr("streamx.report.run.draw_cells", quick)
+    monkeypatch.setattr(run, "draw_cells", quick)
     found, _, page = made(job, "hundred")
     assert found["bytes"] < 10e6
     assert len(drawn) == 103
@@ -246,8 +246,8 @@ def test_hundred_queries_fit(job, monkeypatch):
 
 
 def test_what_would_make_the_page_too_large_is_left_out(job, monkeypatch):
-    monkeypatch.setattr("streamx.report.run.draw_cells", lambda *_: "data:image/png;base64,iVBORw0K")
-    monkeypatch.setattr("streamx.report.run.MOST_BYTES", 4 * len("data:image/png;base64,iVBORw0K"))
+    monkeypatch.setattr(run, "draw_cells", lambda *_: "data:image/png;base64,iVBORw0K")
+    monkeypatch.setattr(run, "MOST_BYTES", 4 * len("data:image/png;base64,iVBORw0K"))
     _, _, page = made(job)
     assert len(page.all("img")) == 4  # three of all, one of two queries
     assert page.text.count("No picture of its own") == 1
