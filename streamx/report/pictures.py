@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 110
-REFERENCE, SHOWN, BEHIND = -1, "shown", "behind"
+SHOWN, BEHIND = "shown", "behind"
 MOST_NAMES = 20  # on a side of a flow; the rarest beyond are drawn as one
 OTHERS = "{:,} more names"
 WIDTH, BODY, GAP, BAR = 400, 220, 15, 8  # of a flow: of the whole, of all cells, between bars, of a bar
@@ -53,18 +53,19 @@ def label_colors(names: set[str]) -> dict[str, str]:
 def draw_cells(
     sketch: Sketch, xy_n2: np.ndarray, shown_n: np.ndarray, color: Mapping[str, str] | None
 ) -> str:
-    """Some cells in front of the others: a PNG's data URI.
+    """Some cells in front of the reference's: a PNG's data URI.
 
     Parameters
     ----------
     shown_n
-        bool (n_cells,): in colour; the others are grey behind them.
+        bool (n_cells,): in colour; the reference's others are grey behind them.
     color
         Colour per label; None: by uncertainty, from 0 to 1.
     """
-    obs = pd.DataFrame({"label": sketch.label_n, "uncertainty": sketch.uncertainty_n})
-    obs["where"] = np.where(shown_n, SHOWN, BEHIND)
-    cells = SimpleNamespace(obs=obs, obsm={"X_umap": xy_n2})
+    keep = shown_n | (sketch.origin_n < 0)
+    obs = pd.DataFrame({"label": sketch.label_n[keep], "uncertainty": sketch.uncertainty_n[keep]})
+    obs["where"] = np.where(shown_n[keep], SHOWN, BEHIND)
+    cells = SimpleNamespace(obs=obs, obsm={"X_umap": xy_n2[keep]})
     settings: dict[str, Any] = {"groupby": "where", "groups": [SHOWN], "legend_loc": None, "show": False}
     if color is None:
         figure = embedding(cells, "uncertainty", "viridis", **settings)
