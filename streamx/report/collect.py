@@ -22,7 +22,7 @@ from streamx.report.facts import BINS, Facts, Labelling, Metric, Query, Referenc
 from streamx.schema import WARN_BELOW
 from streamx.store.location import Location, follow, open_location
 
-PLAN = "map.json"
+PLAN, NO_LABEL = "map.json", "unknown"
 MANY_LEFT_OUT, MANY_UNKNOWN, UNCERTAIN = 0.2, 0.2, 0.5  # above these a query is worth a second look
 SETTINGS_SHOWN = ("norm", "scale", "batch_key", "min_features")
 
@@ -245,9 +245,9 @@ def _sketch(cells: Cells, origin: int, column: str | None, most: int, rng: np.ra
     rows = np.flatnonzero(np.isfinite(cells.latent_nk).all(axis=1))
     if len(rows) > most:
         rows = np.sort(rng.choice(rows, most, replace=False))
-    labels = np.full(len(rows), "", dtype=object)
+    labels = np.full(len(rows), NO_LABEL, dtype=object)
     if column is not None and column in cells.columns:
-        labels = encode_labels(cells.column(column), ()).text()[rows]
+        labels = encode_labels(cells.column(column), ("",)).text(NO_LABEL)[rows]
     uncertainty = np.full(len(rows), np.nan)
     if column is not None and origin >= 0 and f"{column.removesuffix('_pred')}_uncertainty" in cells.columns:
         uncertainty = cells.column(f"{column.removesuffix('_pred')}_uncertainty").to_numpy(dtype=float)[rows]

@@ -102,8 +102,8 @@ class Sketch:
     origin_n
         Position of each cell's query; -1 for the reference.
     label_n, uncertainty_n
-        Label (of the reference its own, of queries the transferred one; "" for none), and its uncertainty
-        (NaN for the reference).
+        Label (of the reference its own, of queries the transferred one; ``unknown`` for none), and its
+        uncertainty (NaN for the reference).
     """
 
     latent_nk: np.ndarray

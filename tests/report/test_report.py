@@ -19,6 +19,7 @@ from streamx.mapping import read_cells
 from streamx.report import pictures, run
 from streamx.report.collect import collect, without_secrets
 from streamx.report.text import escape
+from streamx.store.amend import amend
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 HOSTILE = (
@@ -270,3 +271,20 @@ def test_secrets_of_urls_are_left_out():
     assert without_secrets("s3://key:pass@bucket/a.h5ad?sig=x") == "s3://bucket/a.h5ad"
     assert without_secrets("failed: https://h/x?token=t; again") == "failed: https://h/x again"
     assert without_secrets("/data/what?.h5ad") == "/data/what?.h5ad"
+
+
+def test_cells_without_labels(job):
+    write_query(job / "plain", "one")
+    amend(job / "plain" / "one.zarr", {"kind_pred": None, "kind_uncertainty": None})
+    found, _, page = made(job, "plain", model=job / "model")
+    assert (found["n_queries"], found["n_failed"]) == (1, 0)
+    assert len(page.all("img")) == 2  # reference, queries
+    assert "Transferred labels" not in page.text
+
+
+def test_job_of_which_all_failed(job):
+    shutil.rmtree(job / "out")
+    write_job(job / "model", job / "out", [], failed=["one", "two"])
+    found, _, page = made(job)
+    assert (found["n_queries"], found["n_failed"]) == (2, 2)
+    assert len(page.all("img")) == 1
