@@ -12,7 +12,7 @@ from torch import Tensor
 from streamx.config import FreezeConfig, TrvaeFreezeConfig
 from streamx.models.freeze import freeze, trainable
 from streamx.models.freeze_trvae import trainable_trvae
-from streamx.models.grow import extended
+from streamx.models.grow import batch_tables, extended, selected
 from streamx.schema import Schema
 from streamx.store.collection import Collection
 from streamx.train import counts
@@ -27,7 +27,8 @@ def learn_batch(
 ) -> tuple[Any, State]:
     """The model with one batch more, learnt from its cells alone, and what the training was.
 
-    Initial values, the order of minibatches and all noise follow from (seed, name of the batch).
+    Initial values, the order of minibatches and all noise follow from (seed, name of the batch). What is trained
+    has the columns of this batch alone: steps and checkpoints cost the same however many batches came before.
 
     Parameters
     ----------
@@ -43,15 +44,21 @@ def learn_batch(
     key, seed = zlib.crc32(batch.encode()), run.config.seed
     grown = with_batch(run, module.cpu(), batch, rows)
     measured = measured_in(run.view, run.schema)
-    learning = narrowed(run.config.model, run.schema, grown, measured)
-    plan = trainable_trvae(learning, 1) if run.config.model == "trvae" else trainable(learning, 1, options)
-    freeze(learning, plan)
-    of_batch = replace(run, config=replace(run.config, seed=seed_of(seed, 4, key) % 2**31))
-    task = counts.task_of(of_batch, learning.to(run.device), rows)
+    narrow = narrowed(run.config.model, run.schema, grown, measured)
+    alone: Any = selected(narrow, [len(run.schema.batches) - 1])
+    plan = trainable_trvae(alone, 1) if run.config.model == "trvae" else trainable(alone, 1, options)
+    freeze(alone, plan)
+    of_batch = replace(
+        run,
+        config=replace(run.config, seed=seed_of(seed, 4, key) % 2**31),
+        schema=replace(run.schema, batches=(batch,)),
+    )
+    task = counts.task_of(of_batch, alone.to(run.device), rows)
     trained = run_task(of_batch, task, rows[1] - rows[0], progress)
+    join_last(narrow, alone)
     if measured is not None:
-        widen(grown, learning, measured)
-    return grown.requires_grad_(True), trained.state
+        widen(grown, narrow, measured)
+    return grown, trained.state
 
 
 def measured_in(view: Collection, schema: Schema) -> Tensor | None:
@@ -92,6 +99,15 @@ def widen(module: Any, narrow: Any, measured: Tensor) -> None:
             value.copy_(learnt[name])
         else:
             value.index_copy_(axis, measured, learnt[name])
+
+
+@torch.no_grad()
+def join_last(module: Any, alone: Any) -> None:
+    """Bring back what a model of its last batch alone has learnt; the other batches' values stay."""
+    tables, learnt = batch_tables(module), alone.cpu().state_dict()
+    for name, value in module.state_dict().items():
+        own = value if name not in tables else value.narrow(tables[name], value.shape[tables[name]] - 1, 1)
+        own.copy_(learnt[name])
 
 
 def _other_axis(a: Tensor, b: Tensor) -> int | None:
