@@ -104,10 +104,9 @@ def write_cells(location: Location, model: Model, cells: Collection, digest: str
 
 
 def _as_card(state: State) -> dict[str, Any]:
-    surgery = state.surgery
     return {
         "keys": asdict(state.keys),
-        "surgery": None if surgery is None else {"n_new": surgery.n_new, "options": asdict(surgery.options)},
+        "surgery": None if state.surgery is None else asdict(state.surgery),
     }
 
 
@@ -133,7 +132,7 @@ def load_state(kind: str, folder: str | Path, data: Any, *, use_cuda: bool) -> S
     state.model, state.trained, state.network = model, True, model.module.config
     if kept.get("surgery"):
         of = TrvaeFreezeConfig if kind == "trvae" else FreezeConfig
-        state.surgery = Surgery(kept["surgery"]["n_new"], of(**kept["surgery"]["options"]))
+        state.surgery = Surgery(**kept["surgery"] | {"options": of(**kept["surgery"]["options"])})
     for name, target in (("history.csv", state.history), ("history-base.csv", state.base)):
         if (Path(folder) / name).is_file():
             target.extend(read_history(Path(folder) / name))

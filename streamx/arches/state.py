@@ -34,11 +34,12 @@ from streamx.store.cells import FILE
 from streamx.store.collection import Collection
 from streamx.store.convert import convert
 from streamx.surgery.cells import lay_query
+from streamx.train.cells import names_in
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
 from streamx.train.model import Model, load_model
 from streamx.train.run import train
-from streamx.train.surgery import learn_batches, with_batch
+from streamx.train.surgery import learn_batches, with_batch, with_covariates
 from streamx.train.task import Run
 
 History = list[dict[str, float]]
@@ -46,10 +47,13 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Surgery:
-    """That a model learns the last ``n_new`` of its batches, and what stays meanwhile."""
+    """That a model learns the last ``n_new`` of its batches, and so many levels of each covariate; and what
+    stays meanwhile.
+    """
 
     n_new: int
     options: FreezeConfig | TrvaeFreezeConfig
+    n_new_levels: Sequence[int] = ()
 
 
 @dataclass(eq=False)
@@ -268,10 +272,14 @@ def start_query(state: State, reference: Model, options: FreezeConfig | TrvaeFre
         schema = schema.with_batches([name])
         run = Run(view, schema, config, None, torch.device("cpu"), ALONE, None)
         module = with_batch(run, module, name)
+    schema = schema.with_levels({key: names_in(view.obs_column(key)) for key, _ in schema.categories})
+    run = Run(view, schema, config, None, torch.device("cpu"), ALONE, None)
+    module, n_new_levels = with_covariates(run, module)
     module.eval().to(pick_device(state.device))
     state.model = replace(model, module=module, schema=schema)
-    state.surgery, state.trained = Surgery(len(new), options), not new
-    if not new:
+    state.surgery = Surgery(len(new), options, n_new_levels)
+    state.trained = not new and not any(n_new_levels)
+    if state.trained:
         warn("the reference knows all batches of these data: there is nothing to learn")
 
 
@@ -316,7 +324,8 @@ def _train_query(state: State, settings: dict[str, Any], progress: bool) -> None
     run = Run(view, schema, config, None, device, ALONE, None)
     module = copy.deepcopy(state.model.module)
     with one_torch_thread():
-        done = learn_batches(run, module, state.surgery.n_new, state.surgery.options, progress=progress)
+        new, options = state.surgery, state.surgery.options
+        done = learn_batches(run, module, new.n_new, options, new.n_new_levels, progress=progress)
     state.history = [*state.history, *done.history]
     card = {name: value for name, value in state.model.card.items() if name == "preprocessing"}
     state.model = replace(state.model, module=module.eval(), id="", card=card)

@@ -39,6 +39,7 @@ from streamx.mapping import read_cells
 from streamx.models.grow import selected
 from streamx.project import project
 from streamx.query import Request, open_query, read_blocks, requests
+from streamx.schema import Schema
 from streamx.store.amend import amend
 from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference
@@ -47,7 +48,7 @@ from streamx.surgery.arrivals import arrivals
 from streamx.surgery.begin import begin, copy_tree
 from streamx.surgery.cells import PLACE, lay_query, merge_cells, rows_of
 from streamx.train.build import TAKES_ROWS
-from streamx.train.cells import columns_of
+from streamx.train.cells import columns_of, names_in
 from streamx.train.counts import latents
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
@@ -274,10 +275,11 @@ def _learn(
         others = [code for code in range(len(schema.batches)) if code != place]
         module = selected(module, others)
         schema = replace(schema, batches=tuple(schema.batches[code] for code in others))
-    schema = schema.with_batches([batch])
+    rows = rows_of(view, batch)
+    schema, new_levels = _with_levels(schema.with_batches([batch]), view, rows, config)
     training = _training(model.kind, config)
     run = Run(view, schema, training, None, pick_device(config.device), ALONE, journal, name=_state(batch))
-    module, state = learn_batch(run, module, batch, rows_of(view, batch), options, progress=progress)
+    module, state = learn_batch(run, module, batch, rows, options, progress=progress)
     module = module.cpu().eval()
     if earlier:
         last = len(schema.batches) - 1
@@ -285,7 +287,29 @@ def _learn(
         schema = model.schema
     done = state.history[-1]
     report = {"cells": view.n_obs, "epochs": state.epoch, "loss": done.get("validation_loss", done["loss"])}
+    if new_levels:
+        report["levels"] = new_levels
     return replace(model, module=module, schema=schema), report
+
+
+def _with_levels(
+    schema: Schema, view: Collection, rows: tuple[int, int], config: SurgeryConfig
+) -> tuple[Schema, dict[str, list[str]]]:
+    """The schema with the levels of covariates that come with a batch; and which these are."""
+    grown = schema.with_levels(
+        {key: names_in(view.obs_column(key).iloc[slice(*rows)]) for key, _ in schema.categories}
+    )
+    pairs = zip(schema.categories, grown.categories, strict=True)
+    new = {key: list(now[len(before) :]) for (key, before), (_, now) in pairs if now != before}
+    if new and config.refit:
+        some = ", ".join(f"{key} = {name}" for key, names in new.items() for name in names[:3])
+        raise UsageError(
+            f"a batch that may be learnt anew can't bring levels of a covariate ({some}): other batches may "
+            "use them meanwhile",
+            where=str(view.path),
+            fix="leave --refit out, from the first file on",
+        )
+    return grown, new
 
 
 def _kept(out: Location, name: str) -> Collection:
@@ -352,6 +376,7 @@ def _commit(
     old, names = model.card["weights"], _encoded_again(out, model, learnt, number, config)
     card = card | {
         "batches": list(model.schema.batches),
+        "categories": model.schema.categories,
         "added": [*names, added],
         "surgery": [*card["surgery"], entry | {"report": report}],
     }

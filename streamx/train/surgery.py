@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from streamx.config import FreezeConfig, TrvaeFreezeConfig
 from streamx.models.freeze import freeze, trainable
 from streamx.models.freeze_trvae import trainable_trvae
-from streamx.models.grow import batch_tables, extended, selected
+from streamx.models.grow import batch_tables, covariate_layers, extended, selected, with_levels
 from streamx.schema import Schema
 from streamx.store.collection import Collection
 from streamx.train import counts
@@ -33,7 +34,8 @@ def learn_batch(
     Parameters
     ----------
     run
-        View, settings and schema, which has the new batch as its last one. With weight decay 0 nothing but
+        View, settings and schema, which has the new batch as its last one, and behind each covariate's levels
+        those that are new. With weight decay 0 nothing but
         what `options` frees moves. A view of some of the model's genes: the others are left out of the
         likelihood.
     module
@@ -42,11 +44,14 @@ def learn_batch(
         Where the batch's cells lie in the view.
     """
     key, seed = zlib.crc32(batch.encode()), run.config.seed
-    grown = with_batch(run, module.cpu(), batch, rows)
+    grown, n_new_levels = with_covariates(run, with_batch(run, module.cpu(), batch, rows))
     measured = measured_in(run.view, run.schema)
     narrow = narrowed(run.config.model, run.schema, grown, measured)
     alone: Any = selected(narrow, [len(run.schema.batches) - 1])
-    plan = trainable_trvae(alone, 1) if run.config.model == "trvae" else trainable(alone, 1, options)
+    if run.config.model == "trvae":
+        plan = trainable_trvae(alone, 1)
+    else:
+        plan = trainable(alone, 1, options, n_new_levels)
     freeze(alone, plan)
     of_batch = replace(
         run,
@@ -124,10 +129,38 @@ def with_batch(run: Run, module: Any, batch: str, rows: tuple[int, int] | None =
     return extended(module, [generator], _given(run, module, batch, rows))
 
 
+def with_covariates(run: Run, module: Any) -> tuple[Any, list[int]]:
+    """The model with the levels that the schema has and it lacks, and how many of each covariate these are.
+
+    A level's initial values follow from (seed, covariate, level).
+    """
+    layer = next(iter(covariate_layers(module).values()), None)
+    n_old = (0,) * len(run.schema.categories) if layer is None else layer.n_levels
+    new = [
+        [f"{key}={level}" for level in levels[n:]]
+        for n, (key, levels) in zip(n_old, run.schema.categories, strict=True)
+    ]
+    n_new = [len(levels) for levels in new]
+    if not any(n_new):
+        return module, n_new
+    generators = [
+        [torch.Generator().manual_seed(seed_of(run.config.seed, 6, zlib.crc32(level.encode()))) for level in levels]
+        for levels in new
+    ]
+    return with_levels(module, generators), n_new
+
+
 def learn_batches(
-    run: Run, module: Any, n_new: int, options: FreezeConfig | TrvaeFreezeConfig, *, progress: bool
+    run: Run,
+    module: Any,
+    n_new: int,
+    options: FreezeConfig | TrvaeFreezeConfig,
+    n_new_levels: Sequence[int] = (),
+    *,
+    progress: bool,
 ) -> State:
-    """Train what may move of a model, in place, on all cells of the view; its last batches are the new ones.
+    """Train what may move of a model, in place, on all cells of the view; its last batches are the new ones,
+    and the last so many levels of each covariate.
 
     Cells of several batches share minibatches, as in scArches: what is learnt of one batch depends on which
     others are learnt with it (unlike :func:`learn_batch`).
@@ -135,7 +168,7 @@ def learn_batches(
     if isinstance(options, TrvaeFreezeConfig):
         plan = trainable_trvae(module, n_new, options)
     else:
-        plan = trainable(module, n_new, options)
+        plan = trainable(module, n_new, options, n_new_levels)
     freeze(module, plan)
     task = counts.task_of(run, module.to(run.device), (0, run.view.n_obs))
     trained = run_task(run, task, run.view.n_obs, progress)
