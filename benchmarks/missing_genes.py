@@ -2,11 +2,12 @@
 
     python benchmarks/missing_genes.py                 # two sets, two models, three seeds
 
-For each set and seed scVI and scANVI (scArches' settings; epochs of ``sets.py``) are trained on the reference,
-and each query is added by surgery three times: as it is, and without a share of the genes, drawn anew for
-each seed, as zero and masked. Labels of the query are hidden. Scored (``scoring.py``): the vote's accuracies;
-batch entropy of all cells; and how far a cell's latent lies from the one that it has with all genes, as a share of
-the latents' spread (root mean squares over cells). One JSON line each, appended to results/missing_genes.jsonl.
+For each set and seed scVI and scANVI (scArches' settings; epochs of ``sets.py``) are trained on the
+reference, and each query is added by surgery three times: as it is, and without a share of the genes, drawn
+anew for each seed, as zero and masked. Labels of the query are hidden. Scored (``scoring.py``): the vote's
+accuracies; batch entropy of all cells; and how far a cell's latent lies from the one that it has with all
+genes, as a share of the latents' spread (root mean squares over cells). The encoder sees a missing gene as
+zero in both ways. One JSON line each, appended to results/missing_genes.jsonl.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ WAYS = ("all genes", "zeros", "masked")
 SCORES = ("accuracy", "balanced_accuracy", "ebm", "shift")
 
 
-def reference(bench: BenchSet, kind: str, seed: int, paths: dict[str, Path], folder: Path) -> tuple[Path, Any]:
+def reference(
+    bench: BenchSet, kind: str, seed: int, paths: dict[str, Path], folder: Path
+) -> tuple[Path, Any]:
     """A trained reference, made unless it is there, and its view."""
     assert bench.epochs is not None
     genes = arches.genes_of(paths["reference"], folder / "data")
@@ -62,7 +65,11 @@ def latents_of(
     model: Path, kind: str, query: ad.AnnData, epochs: int, seed: int, out: Path, mask_missing: bool
 ) -> np.ndarray:
     """Latents of a query's cells after surgery, in their order."""
-    settings: dict[str, Any] = {"max_epochs": epochs, "minibatch_size": arches.MINIBATCH, "seed": seed} | DEVICE
+    settings: dict[str, Any] = {
+        "max_epochs": epochs,
+        "minibatch_size": arches.MINIBATCH,
+        "seed": seed,
+    } | DEVICE
     shutil.rmtree(out, ignore_errors=True)
     sx.surgery(model, {"query": query}, out, mask_missing=mask_missing, **settings)
     found = ad.read_zarr(out / "added" / "query.zarr")

@@ -50,8 +50,8 @@ def trainable(
 
     Always: the new batches' values in every table, the new levels' columns, and the whole encoder of the
     library size. By option: the first layers of encoder and decoder, batch norms, the classifier (Lotfollahi
-    2022; the options are scvi-tools'). Two deviations: the old batches' and levels' values stay even where the
-    query has cells of them; and a frozen classifier's batch norm keeps its statistics too.
+    2022; the options are scvi-tools'). Two deviations: the old batches' and levels' values stay even where
+    the query has cells of them; and a frozen classifier's batch norm keeps its statistics too.
     """
     options = options or FreezeConfig()
     parameters = dict(module.named_parameters())

@@ -111,9 +111,7 @@ def covariate_layers(module: nn.Module) -> dict[str, CovariateLinear]:
     return {n: p for n, p in parts if isinstance(p, CovariateLinear) and p.batch is not None and p.n_levels}
 
 
-def with_levels(
-    module: nn.Module, generators: Sequence[Sequence[torch.Generator]]
-) -> nn.Module:
+def with_levels(module: nn.Module, generators: Sequence[Sequence[torch.Generator]]) -> nn.Module:
     """A new module with more levels of its categorical covariates; the given module stays as it is.
 
     ``generators``: for each covariate a CPU generator for every new level, which draws its columns layer by

@@ -28,8 +28,9 @@ def learn_batch(
 ) -> tuple[Any, State]:
     """The model with one batch more, learnt from its cells alone, and what the training was.
 
-    Initial values, the order of minibatches and all noise follow from (seed, name of the batch). What is trained
-    has the columns of this batch alone: steps and checkpoints cost the same however many batches came before.
+    Initial values, the order of minibatches and all noise follow from (seed, name of the batch). What is
+    trained has the columns of this batch alone: steps and checkpoints cost the same however many batches came
+    before.
 
     Parameters
     ----------
@@ -125,8 +126,7 @@ def with_batch(run: Run, module: Any, batch: str, rows: tuple[int, int] | None =
 
     ``rows``: where the batch's cells lie in the view; by default they are looked for in all of it.
     """
-    generator = torch.Generator().manual_seed(seed_of(run.config.seed, 3, zlib.crc32(batch.encode())))
-    return extended(module, [generator], _given(run, module, batch, rows))
+    return extended(module, [_drawing(run, 3, batch)], _given(run, module, batch, rows))
 
 
 def with_covariates(run: Run, module: Any) -> tuple[Any, list[int]]:
@@ -143,11 +143,12 @@ def with_covariates(run: Run, module: Any) -> tuple[Any, list[int]]:
     n_new = [len(levels) for levels in new]
     if not any(n_new):
         return module, n_new
-    generators = [
-        [torch.Generator().manual_seed(seed_of(run.config.seed, 6, zlib.crc32(level.encode()))) for level in levels]
-        for levels in new
-    ]
-    return with_levels(module, generators), n_new
+    return with_levels(module, [[_drawing(run, 6, level) for level in levels] for levels in new]), n_new
+
+
+def _drawing(run: Run, purpose: int, name: str) -> torch.Generator:
+    """The generator of the initial values of a batch, or of a level."""
+    return torch.Generator().manual_seed(seed_of(run.config.seed, purpose, zlib.crc32(name.encode())))
 
 
 def learn_batches(

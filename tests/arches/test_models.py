@@ -346,7 +346,7 @@ def test_other_queries(tmp_path: Path) -> None:
 
 
 def test_new_levels_of_a_covariate(tmp_path: Path) -> None:
-    """scvi-tools puts a new batch's column behind all: its reference's latents change before it is trained."""
+    """The reference's latents stay; in scvi-tools a new batch takes the column of the first level."""
     keys = {"batch_key": "study", "categorical_covariate_keys": ("donor",)}
     model = sx.SCVI(cells(), **SMALL, **ARCHES, **keys)
     model.train(1, **QUICK)

@@ -59,11 +59,12 @@ def test_a_level_more_goes_behind_those_of_its_own_category(category: int) -> No
     sums = sum(block.t()[new[:, c]] for c, block in enumerate(blocks) if block.shape[1])
     want = layer.linear(x) + layer.batch.t()[batch] + sums
     torch.testing.assert_close(layer(x, batch, new), want, atol=1e-6, rtol=0)
-    added = layer.last_levels([int(c == category) for c in range(3)])
-    assert torch.equal(layer.category[added], blocks[category][:, -1])
+    one = [int(c == category) for c in range(3)]
+    added = layer.category[layer.last_levels(one)]
+    assert torch.equal(added, blocks[category][:, -1])
     wider = CovariateLinear(5, 4, generator=seed(7), n_batches=9, n_levels=(5, 4, 3))
     wider.add_level(category, seed(2))
-    assert torch.equal(wider.category[wider.last_levels([int(c == category) for c in range(3)])], layer.category[added])
+    assert torch.equal(wider.category[wider.last_levels(one)], added)
 
 
 @pytest.mark.parametrize("deep", [True, False])

@@ -217,7 +217,9 @@ def test_new_levels_of_covariates_move_alone(config: ScviConfig) -> None:
     assert len(layers) == (4 if config is DEEP else 2)
     for name, layer in layers.items():
         moved = layer.category - before[f"{name}.category"]
-        assert moved[:, :3].abs().max() == 0, name  # of the first covariate, and the zeros of the second's first
+        assert moved[:, :3].abs().max() == 0, (
+            name
+        )  # of the first covariate, and the zeros of the second's first
         assert moved[:, 3].abs().max() > 0, name
     for want, got in zip(module.encode(reference), grown.eval().encode(reference), strict=True):
         assert torch.equal(want, got)
