@@ -32,6 +32,10 @@ def learn_batch(
     trained has the columns of this batch alone: steps and checkpoints cost the same however many batches came
     before.
 
+    No classifier of batches is fooled meanwhile, as totalVI's training does where batches lack proteins:
+    there is one batch, and nothing to tell it from. (A deviation: scvi-tools fools a new classifier of all
+    batches, shown the query's cells alone, where a batch of the query lacks proteins.)
+
     Parameters
     ----------
     run
@@ -164,7 +168,7 @@ def learn_batches(
     and the last so many levels of each covariate.
 
     Cells of several batches share minibatches, as in scArches: what is learnt of one batch depends on which
-    others are learnt with it (unlike :func:`learn_batch`).
+    others are learnt with it (unlike :func:`learn_batch`). No classifier is fooled here either.
     """
     if isinstance(options, TrvaeFreezeConfig):
         plan = trainable_trvae(module, n_new, options)

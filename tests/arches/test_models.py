@@ -371,6 +371,24 @@ def test_new_levels_of_a_covariate(tmp_path: Path) -> None:
     np.testing.assert_array_equal(latents(known, cells()), before)
 
 
+def test_surgery_fools_no_classifier() -> None:
+    """totalVI's training does where a batch lacks proteins; new batches are not told from those of before."""
+
+    def without(adata: Any, study: str) -> Any:
+        adata.obsm["adt"] = adata.obsm["adt"].mul(adata.obs["study"] != study, axis=0)
+        return adata
+
+    keys = {"batch_key": "study", "protein_expression_obsm_key": "adt"}
+    model = sx.TOTALVI(without(cells(), "b"), **SMALL, **keys)
+    model.train(1, **QUICK)
+    assert "fooled" in model.state.history[-1]
+    query = without(cells("cd", seed=3), "c")
+    extended = sx.TOTALVI.load_query_data(query, model)
+    extended.train(1, **QUICK)
+    assert "fooled" not in extended.state.history[-1]
+    assert np.isfinite(latents(extended)).all()
+
+
 def test_hidden_labels_of_a_query() -> None:
     query = cells("c", seed=3)
     blank = query.copy()
