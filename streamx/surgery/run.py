@@ -10,6 +10,7 @@
       cells/<name>          counts of batches that may be learnt anew (with ``refit``)
 
 A file is done when the card says so; until then all that was written for it is written anew by the next run.
+No neighbour index is kept here, so none has to grow: `transfer` makes one of all cells when it is asked.
 """
 
 from __future__ import annotations
