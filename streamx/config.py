@@ -547,9 +547,9 @@ class SurgeryConfig:
     )
     mask_missing: bool = option(
         False,
-        "leave genes that a file lacks out of its likelihood, instead of taking them as zero as scArches does; "
-        "to be recommended: latents come out a seventh nearer to those with all genes (the encoder takes them "
-        "as zero either way)",
+        "leave genes that a file lacks out of its likelihood, instead of taking them as zero (as scArches "
+        "does); to be recommended: latents come out a seventh nearer to those with all genes. The encoder "
+        "takes them as zero either way",
     )
     refit: bool = option(
         False,
