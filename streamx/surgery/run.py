@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -43,6 +44,7 @@ from streamx.surgery.arrivals import arrivals
 from streamx.surgery.batch import files_with, kept, learn, reading_of
 from streamx.surgery.begin import begin, copy_tree
 from streamx.surgery.cells import PLACE, lay_query
+from streamx.surgery.narrow import warn_narrow
 from streamx.train.build import TAKES_ROWS
 from streamx.train.cells import columns_of
 from streamx.train.counts import latents
@@ -266,6 +268,7 @@ def _commit(
     [mapped] = project(
         model, {request.name: list(request.inputs)}, out.below("added"), progress=progress, **mapping
     )
+    _look(out.below(added), learnt, config.batch_key, card.get("spread", 0.0))
     report = {
         "n_cells": mapped["n_passed"],
         "learnt": learnt,
@@ -287,6 +290,16 @@ def _commit(
         out.delete_tree(name)
     journal.clear()
     return {"name": request.name, "status": "done"} | report
+
+
+def _look(added: Location, learnt: Collection[str], batch_key: str | None, spread: float) -> None:
+    """Warn of new batches whose cells may be of one kind."""
+    cells = read_cells(added, str(added))
+    for batch in learnt:
+        mine = np.ones(cells.n_cells, bool)
+        if batch_key is not None:
+            mine = (cells.column(batch_key).astype(str) == batch).to_numpy()
+        warn_narrow(batch, cells.latent_nk[mine], spread)
 
 
 def _encoded_again(
