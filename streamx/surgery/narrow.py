@@ -38,8 +38,8 @@ def warn_narrow(name: str, z_nk: np.ndarray, reference: float) -> None:
     share = float(np.sqrt(z_nk.var(0, dtype=np.float64).sum())) / reference
     if share < NARROW:
         warn(
-            f"its {len(z_nk):,} cells lie within {share:.0%} of the reference's spread: they are of one kind. If "
-            "the reference lacks it, surgery has taken it for a batch effect, and moved them into another kind",
+            f"its {len(z_nk):,} cells lie within {share:.0%} of the reference's spread: all are of one kind. "
+            "If the reference lacks it, surgery has taken it for a batch effect, and moved them into another",
             where=name,
             fix="look at marker genes; or give these cells together with others of their experiment",
         )
