@@ -38,7 +38,7 @@ def warn_narrow(name: str, z_nk: np.ndarray, reference: float) -> None:
     share = float(np.sqrt(z_nk.var(0, dtype=np.float64).sum())) / reference
     if share < NARROW:
         warn(
-            f"its {len(z_nk):,} cells lie within {share:.0%} of the reference's spread, as cells of one kind do; "
+            f"its {len(z_nk):,} cells lie within {share:.0%} of the reference's spread, as one kind does; "
             "if the reference lacks that, surgery took it for a batch effect, and moved them into another",
             where=name,
             fix="look at marker genes; or give these cells together with others of their experiment",
