@@ -10,7 +10,7 @@
       cells/<name>          counts of batches that may be learnt anew (with ``refit``)
 
 A file is done when the card says so; until then all that was written for it is written anew by the next run.
-No neighbour index is kept here, so none has to grow: `transfer` makes one of all cells when it is asked.
+A neighbour index that `transfer` keeps is found by the checksum of its cells: with more cells it makes a new one.
 """
 
 from __future__ import annotations
