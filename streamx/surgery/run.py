@@ -10,7 +10,7 @@
       cells/<name>          counts of batches that may be learnt anew (with ``refit``)
 
 A file is done when the card says so; until then all that was written for it is written anew by the next run.
-A neighbour index that `transfer` keeps is found by the checksum of its cells: with more cells it makes a new one.
+An index that `transfer` keeps goes by the checksum of its cells: with more of them it makes a new one.
 """
 
 from __future__ import annotations
