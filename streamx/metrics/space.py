@@ -1,0 +1,107 @@
+"""Cells with a latent, and how to look at them: searches that reuse one index, samples, subsets."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from streamx.labels import Labels
+from streamx.neighbors import Index, Neighbors, build_index, reach_recall
+
+SEARCH_RECALL = 0.99
+PIECE = 1 << 16  # rows worked on at a time
+IN_MEMORY = 1 << 28  # bytes of latents that may be copied; more of them go into a file
+
+
+@dataclass(frozen=True)
+class Space:
+    """Latents of all cells that are scored.
+
+    Attributes
+    ----------
+    latent_nk
+        Finite; may be memory-mapped.
+    exact
+        Whether every cell is looked at: there are at most `max_cells`.
+    max_cells
+        Cells whose neighbours are searched where there are more; other sample sizes are multiples of it.
+    scratch
+        Folder for files without names; None: the system's.
+    """
+
+    latent_nk: np.ndarray
+    exact: bool
+    max_cells: int
+    seed: int
+    threads: int
+    scratch: Path | None = None
+
+    @property
+    def n(self) -> int:
+        return len(self.latent_nk)
+
+    @cached_property
+    def _index(self) -> Index:
+        return build_index(
+            self.latent_nk,
+            self.n if self.exact else self.max_cells,
+            method="exact",
+            seed=self.seed,
+            threads=self.threads,
+            memory="1TB",  # latents are in memory already, and a search works in blocks
+        )
+
+    def around(self, rows: np.ndarray | None, n_neighbors: int) -> Neighbors:
+        """Neighbours of `rows` (None: of all cells) among all cells, the cell itself left out."""
+        own = np.arange(self.n) if rows is None else rows
+        query_mk = self.latent_nk if rows is None else self.latent_nk[rows]
+        recall, tested = reach_recall(
+            self._index, query_mk, n_neighbors, own, target=SEARCH_RECALL, seed=self.seed
+        )
+        indices, distances = self._index.search(query_mk, n_neighbors, own)
+        return Neighbors(indices, distances, self._index.method, recall, tested)
+
+    def take(self, keep_n: np.ndarray) -> Space:
+        """These cells alone (a mask); nothing is copied if that is all of them."""
+        if keep_n.all():
+            return self
+        latent_nk = _rows(self.latent_nk, np.flatnonzero(keep_n), self.scratch)
+        return replace(self, latent_nk=latent_nk, exact=len(latent_nk) <= self.max_cells)
+
+    def sample(self, size: int) -> np.ndarray:
+        """Sorted rows, drawn without replacement; the same for the same size."""
+        return np.sort(np.random.default_rng(self.seed).choice(self.n, min(size, self.n), replace=False))
+
+    def more_of_each(self, label: Labels, rows: np.ndarray, at_least: int) -> np.ndarray:
+        """Sorted further rows, so that each label has `at_least` (or all of its cells) among both."""
+        rng = np.random.default_rng(self.seed + 1)
+        lacking = at_least - np.bincount(label.codes_n[rows], minlength=len(label.names))
+        taken = np.zeros(self.n, dtype=bool)
+        taken[rows] = True
+        found = [np.empty(0, dtype=np.int64)]
+        for code in np.flatnonzero(lacking > 0):
+            free = np.flatnonzero((label.codes_n == code) & ~taken)
+            found.append(rng.choice(free, min(int(lacking[code]), len(free)), replace=False))
+        return np.sort(np.concatenate(found))
+
+
+def finite_rows(latent_nk: np.ndarray) -> np.ndarray:
+    """Mask of the cells that have a latent."""
+    keep = np.empty(len(latent_nk), dtype=bool)
+    for low in range(0, len(latent_nk), PIECE):
+        keep[low : low + PIECE] = np.isfinite(latent_nk[low : low + PIECE]).all(axis=1)
+    return keep
+
+
+def _rows(latent_nk: np.ndarray, rows: np.ndarray, scratch: Path | None) -> np.ndarray:
+    if len(rows) * latent_nk.itemsize * latent_nk.shape[1] <= IN_MEMORY:
+        return latent_nk[rows]
+    with tempfile.TemporaryFile(dir=scratch) as stream:  # the map keeps it
+        kept = np.memmap(stream, latent_nk.dtype, "w+", shape=(len(rows), latent_nk.shape[1]))
+    for low in range(0, len(rows), PIECE):
+        kept[low : low + PIECE] = latent_nk[rows[low : low + PIECE]]
+    return kept
