@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,8 +21,9 @@ from streamx.metrics.measure import (
     scaled,
     undefined,
 )
-from streamx.metrics.space import Space, finite_rows
+from streamx.metrics.space import Space
 from streamx.neighbors import Neighbors
+from streamx.neighbors.blocks import finite_rows
 
 BATCH_METRICS = ("batch_entropy_mixing", "ebm", "ilisi", "kbet", "same_batch", "asw_batch")
 LABEL_METRICS = (
@@ -72,7 +72,6 @@ def score_latent(
     resolution: float | str = "best",
     seed: int = 0,
     threads: int = 0,
-    scratch: Path | None = None,
 ) -> Scores:
     """Mixing of batches and separation of labels in a latent space.
 
@@ -84,9 +83,10 @@ def score_latent(
       a sample of them, or warns.
     * Silhouettes from eight disjoint samples of cells, .8 `max_cells` together; each label or batch is
       represented by drawn cells and by its moments (:func:`~.silhouette.sampled_silhouettes`).
-    * Above 4 `max_cells`, clusters and connectivity come from five sketches of 4 `max_cells` cells, each with
-      its own graph: they estimate what a sketch of that size gives, and a sketch's graph is coarser than that
-      of all cells. ``"best"`` looks for the resolution on the first sketch.
+    * Up to 4 `max_cells`, clusters and connectivity from the graph of all cells (of the same recall).
+      Above, from five sketches of 4 `max_cells` cells, each with its own graph: they estimate what a sketch
+      of that size gives, and a sketch's graph is coarser than that of all cells. ``"best"`` looks for the
+      resolution on the first sketch.
 
     ======================  =========================================================================
     batch_entropy_mixing    SCALEX, 100 neighbours; 0 to ln 2 = 0.693
@@ -108,13 +108,12 @@ def score_latent(
     Parameters
     ----------
     latent_nk
-        (n_cells, n_latent) float; rows with NaN are left out. May be memory-mapped.
+        (n_cells, n_latent) float; rows with NaN are left out. May be memory-mapped; a copy without them, if
+        large, lies in a file without a name in the system's folder for such.
     batches, labels
         One per cell, or None. Missing labels and those in `unlabeled` are none.
     resolution
         Of Leiden; ``"best"`` tries 0.1, 0.2, ..., 2.0 and keeps the best NMI (scArches' get_nmi).
-    scratch
-        Folder for a copy of the latents where some of many cells have no latent or no label.
 
     Returns
     -------
@@ -130,13 +129,15 @@ def score_latent(
     keep = finite_rows(latent_nk)
     if not keep.any():
         raise EmptyError("no cell has a latent", fix="project with a lower min_features")
-    space = Space(latent_nk, len(latent_nk) <= max_cells, max_cells, seed, threads, scratch).take(keep)
+    space = Space(latent_nk, len(latent_nk) <= max_cells, max_cells, seed, threads).take(keep)
     batch = None if batch is None else batch.take(keep)
     label = None if label is None else label.take(keep)
 
-    measures, graph = _batch_measures(space, batch)
-    measures |= _label_measures(space, batch, label, graph, resolution)
-    notes = {"n_cells": space.n, "n_without_latent": int((~keep).sum())}
+    measures, found = _batch_measures(space, batch)
+    measures |= _label_measures(space, batch, label, found, resolution)
+    notes: dict[str, Any] = {"n_cells": space.n, "n_without_latent": int((~keep).sum())}
+    if found is not None:
+        notes["knn_recall"] = found.recall
     return Scores(measures, notes)
 
 

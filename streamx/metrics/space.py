@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from streamx.labels import Labels
 from streamx.neighbors import Index, Neighbors, build_index, reach_recall
+from streamx.neighbors.blocks import scratch_array
 
 SEARCH_RECALL = 0.99
+MEMORY = "2GB"  # of an index and its work
 PIECE = 1 << 16  # rows worked on at a time
 IN_MEMORY = 1 << 28  # bytes of latents that may be copied; more of them go into a file
 
@@ -29,8 +29,6 @@ class Space:
         Whether every cell is looked at: there are at most `max_cells`.
     max_cells
         Cells whose neighbours are searched where there are more; other sample sizes are multiples of it.
-    scratch
-        Folder for files without names; None: the system's.
     """
 
     latent_nk: np.ndarray
@@ -38,7 +36,6 @@ class Space:
     max_cells: int
     seed: int
     threads: int
-    scratch: Path | None = None
 
     @property
     def n(self) -> int:
@@ -49,10 +46,10 @@ class Space:
         return build_index(
             self.latent_nk,
             self.n if self.exact else self.max_cells,
-            method="exact",
+            method="exact" if self.exact else "auto",
             seed=self.seed,
             threads=self.threads,
-            memory="1TB",  # latents are in memory already, and a search works in blocks
+            memory=MEMORY,
         )
 
     def around(self, rows: np.ndarray | None, n_neighbors: int) -> Neighbors:
@@ -69,7 +66,7 @@ class Space:
         """These cells alone (a mask); nothing is copied if that is all of them."""
         if keep_n.all():
             return self
-        latent_nk = _rows(self.latent_nk, np.flatnonzero(keep_n), self.scratch)
+        latent_nk = _rows(self.latent_nk, np.flatnonzero(keep_n))
         return replace(self, latent_nk=latent_nk, exact=len(latent_nk) <= self.max_cells)
 
     def sample(self, size: int) -> np.ndarray:
@@ -89,19 +86,10 @@ class Space:
         return np.sort(np.concatenate(found))
 
 
-def finite_rows(latent_nk: np.ndarray) -> np.ndarray:
-    """Mask of the cells that have a latent."""
-    keep = np.empty(len(latent_nk), dtype=bool)
-    for low in range(0, len(latent_nk), PIECE):
-        keep[low : low + PIECE] = np.isfinite(latent_nk[low : low + PIECE]).all(axis=1)
-    return keep
-
-
-def _rows(latent_nk: np.ndarray, rows: np.ndarray, scratch: Path | None) -> np.ndarray:
-    if len(rows) * latent_nk.itemsize * latent_nk.shape[1] <= IN_MEMORY:
-        return latent_nk[rows]
-    with tempfile.TemporaryFile(dir=scratch) as stream:  # the map keeps it
-        kept = np.memmap(stream, latent_nk.dtype, "w+", shape=(len(rows), latent_nk.shape[1]))
+def _rows(latent_nk: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    shape = len(rows), latent_nk.shape[1]
+    large = shape[0] * shape[1] * latent_nk.itemsize > IN_MEMORY
+    kept = scratch_array(shape, latent_nk.dtype, on_disk=large)
     for low in range(0, len(rows), PIECE):
         kept[low : low + PIECE] = latent_nk[rows[low : low + PIECE]]
     return kept
