@@ -11,12 +11,14 @@ from streamx.neighbors.index import (
     reach_recall,
     save_index,
 )
+from streamx.neighbors.kept import kept_index
 
 __all__ = [
     "Index",
     "Neighbors",
     "build_index",
     "choose_method",
+    "kept_index",
     "nearest",
     "open_index",
     "open_neighbors",

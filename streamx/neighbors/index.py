@@ -145,8 +145,8 @@ def build_index(
     n_query
         Queries to expect, for ``method="auto"`` (:func:`choose_method`).
     """
-    method = choose_method(len(reference_nk), n_query, method)
-    if method == "exact" or len(reference_nk) < FEWEST:
+    method = choose_method(reference_nk.shape[0], n_query, method)
+    if method == "exact" or reference_nk.shape[0] < FEWEST:
         return ExactIndex(reference_nk, threads=threads, memory=memory)
     if method == "nndescent":
         return NNDescentIndex(reference_nk, seed=seed, threads=threads)
@@ -283,16 +283,16 @@ def nearest(
         Title of a progress bar.
     """
     if query_mk is None:
-        query_mk, own_m = reference_nk, np.arange(len(reference_nk))
+        query_mk, own_m = reference_nk, np.arange(reference_nk.shape[0])
     if index is None:
         index = build_index(
-            reference_nk, len(query_mk), method=method, seed=seed, threads=threads, memory=memory
+            reference_nk, query_mk.shape[0], method=method, seed=seed, threads=threads, memory=memory
         )
     recall, rows = reach_recall(
         index, query_mk, n_neighbors, own_m, target=target_recall, seed=seed, memory=memory
     )
     own = own_m is not None
-    shape = len(query_mk), min(n_neighbors + own, index.n) - own
+    shape = query_mk.shape[0], min(n_neighbors + own, index.n) - own
     indices, distances = _results(shape, None if out is None else Path(out))
     bar = tqdm(total=shape[0], desc=progress, disable=None if progress else True, leave=False, unit=" cells")
     with bar:

@@ -204,7 +204,7 @@ class IVFIndex:
         The centres are trained again on all cells, and segments joined, once the lists are half as uneven
         again as when they were first filled, there are twice as many cells, or more than 16 segments.
         """
-        if not len(points_nk):
+        if not points_nk.shape[0]:
             return self
         options: dict[str, Any] = {"seed": self.seed, "threads": self.threads, "memory": self.memory}
         added = fill(self.centres, points_nk, self.n, threads=self.threads, memory=self.memory)
@@ -292,7 +292,7 @@ def from_arrays(arrays: dict[str, np.ndarray], *, epoch: int, **settings: Any) -
 
 def train(reference_nk: Any, seed: int) -> Centres:
     """Centres of the lists for these cells, from a seeded sample of them."""
-    n = len(reference_nk)
+    n = reference_nk.shape[0]
     rng = np.random.default_rng(seed)
     n_lists = max(1, min(int(LISTS * sqrt(n)), n // 32))
     rows = np.sort(rng.choice(n, min(n, SAMPLE * n_lists), replace=False))
@@ -315,7 +315,7 @@ def fill(centres: Centres, points_nk: Any, first: int, *, threads: int, memory: 
 
     They are read once to see where each belongs, and then once per part of the lists that memory holds.
     """
-    n, d, dtype = len(points_nk), len(centres.group_kg), centres.flat.dtype
+    n, d, dtype = points_nk.shape[0], len(centres.group_kg), centres.flat.dtype
     list_n = np.empty(n, np.int32)
     for low, rows_nk in blocks(points_nk):
         list_n[low : low + len(rows_nk)] = lists_of(centres, rows_nk, threads)
