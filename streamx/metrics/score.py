@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from streamx.config import UNLABELED, MetricsConfig
 from streamx.errors import BadValuesError, EmptyError
@@ -72,6 +73,7 @@ def score_latent(
     resolution: float | str = "best",
     seed: int = 0,
     threads: int = 0,
+    progress: str | None = None,
 ) -> Scores:
     """Mixing of batches and separation of labels in a latent space.
 
@@ -114,6 +116,8 @@ def score_latent(
         One per cell, or None. Missing labels and those in `unlabeled` are none.
     resolution
         Of Leiden; ``"best"`` tries 0.1, 0.2, ..., 2.0 and keeps the best NMI (scArches' get_nmi).
+    progress
+        Title of a progress bar.
 
     Returns
     -------
@@ -133,8 +137,11 @@ def score_latent(
     batch = None if batch is None else batch.take(keep)
     label = None if label is None else label.take(keep)
 
-    measures, found = _batch_measures(space, batch)
-    measures |= _label_measures(space, batch, label, found, resolution)
+    bar = tqdm(total=5, desc=progress, disable=None if progress else True, leave=False)
+    with bar:
+        measures, found = _batch_measures(space, batch)
+        bar.update()
+        measures |= _label_measures(space, batch, label, found, resolution, bar)
     notes: dict[str, Any] = {"n_cells": space.n, "n_without_latent": int((~keep).sum())}
     if found is not None:
         notes["knn_recall"] = found.recall
@@ -187,6 +194,7 @@ def _label_measures(
     label: Labels | None,
     found: Neighbors | None,
     resolution: float | str,
+    bar: Any,
 ) -> dict[str, Measure]:
     """Metrics of labels on the labelled cells; if these are all, from the neighbours already `found`."""
     known = np.zeros(0, dtype=bool) if label is None else label.known_n
@@ -203,13 +211,16 @@ def _label_measures(
         label.codes_n[found.indices_nm[:, : lisi.LISI_NEIGHBORS - 1]],
         len(label.names),
     )
-    return {
-        "asw_batch": _asw_batch(space, batch, label.codes_n),
-        "clisi": scaled(median_of(local, space.exact, space.seed), len(label.names), 1),
-        "knn_purity": _purity(space, label, rows, found.indices_nm[:, : mixing.PURITY_NEIGHBORS]),
-        **_silhouettes(space, label.codes_n, len(label.names)),
-        **_cluster_measures(space, label.codes_n, found if space.exact else None, resolution),
-    }
+    measures = {"clisi": scaled(median_of(local, space.exact, space.seed), len(label.names), 1)}
+    measures["knn_purity"] = _purity(space, label, rows, found.indices_nm[:, : mixing.PURITY_NEIGHBORS])
+    bar.update()
+    measures["asw_batch"] = _asw_batch(space, batch, label.codes_n)
+    bar.update()
+    measures |= _silhouettes(space, label.codes_n, len(label.names))
+    bar.update()
+    measures |= _cluster_measures(space, label.codes_n, found if space.exact else None, resolution)
+    bar.update()
+    return measures
 
 
 def _purity(space: Space, label: Labels, rows: np.ndarray | None, indices_mj: np.ndarray) -> Measure:

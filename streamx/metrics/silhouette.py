@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +41,15 @@ def silhouette_samples(
         means_mg[line, own_m] = sums_mg[line, own_m] / np.maximum(size_g[own_m] - 1, 1)
         return _scores(means_mg, own_m, size_g[own_m] == 1)
 
-    return _by_blocks(latent_nk[rows], latent_nk[order], size_g, finish, threads)
+    with _one_blas_thread():
+        return _by_blocks(latent_nk[rows], latent_nk[order], size_g, finish, threads)
+
+
+def _one_blas_thread() -> Any:
+    """Blocks run in threads of their own. To find the libraries takes 10 ms: once, not for each label."""
+    from threadpoolctl import threadpool_limits
+
+    return threadpool_limits(1, "blas")
 
 
 def _by_blocks(
@@ -59,8 +68,6 @@ def _by_blocks(
     size_g
         References of each group, none empty.
     """
-    from threadpoolctl import threadpool_limits
-
     start_g = np.cumsum(size_g) - size_g
     norm_r = np.einsum("rk,rk->r", reference_rk, reference_rk)
     right_kr = np.vstack([-2 * reference_rk.T, norm_r, np.ones(len(norm_r))])  # |x|^2 - 2 x r + |r|^2 at once
@@ -79,7 +86,7 @@ def _by_blocks(
             sums_mg[:, inside] += np.add.reduceat(distances, starts, axis=1)
         found[part] = finish(part, sums_mg)
 
-    with threadpool_limits(1, "blas"), ThreadPoolExecutor(thread_count(threads)) as pool:
+    with ThreadPoolExecutor(thread_count(threads)) as pool:
         list(pool.map(one, range(0, len(x_mk), BLOCK)))
     return found
 
@@ -251,19 +258,12 @@ def sampled_label_silhouettes(
     chosen = np.arange(len(groups.size_g))
     share = max(n_references // len(chosen), 1)
     scored = rng.choice(len(codes_n), min(n_rows, len(codes_n)), replace=False)
-    means = []
-    for rows in np.array_split(scored, repeats):
-        found = sampled_silhouettes(
-            latent_nk,
-            groups,
-            chosen,
-            rows,
-            codes_n[rows],
-            per_group=share,
-            rng=rng,
-            threads=threads,
-        )
-        means.append(found.mean())
+    options: dict[str, Any] = {"per_group": share, "rng": rng, "threads": threads}
+    with _one_blas_thread():
+        means = [
+            sampled_silhouettes(latent_nk, groups, chosen, rows, codes_n[rows], **options).mean()
+            for rows in np.array_split(scored, repeats)
+        ]
     return np.array(means)
 
 
@@ -291,33 +291,34 @@ def sampled_batch_silhouettes(
     n_batches = int(batches_n.max()) + 1
     groups = group_cells(latent_nk, labels_n.astype(np.int64) * n_batches + batches_n)
     rng = np.random.default_rng(seed)
-    per_label: list[tuple[np.ndarray, list[np.ndarray]]] = []
-    occupied = np.flatnonzero(groups.size_g)
-    for label in np.unique(occupied // n_batches):
-        chosen = occupied[occupied // n_batches == label]
-        size = groups.size_g[chosen]
-        if 1 < len(chosen) < size.sum():
+    combined = np.flatnonzero(groups.size_g)  # labels and the batches in each
+    n = 0
+    means_lr: list[list[float]] = []
+    several = [
+        chosen
+        for chosen in np.split(combined, np.flatnonzero(np.diff(combined // n_batches)) + 1)
+        if 1 < len(chosen) < groups.size_g[chosen].sum()
+    ]
+    share = max(n_rows // (repeats * max(len(several), 1)), 2)
+    with _one_blas_thread():
+        for chosen in several:
             cells = np.concatenate([groups.members(group) for group in chosen])
-            per_label.append((chosen, [cells]))
-    share = max(n_rows // (repeats * max(len(per_label), 1)), 2)
-    for _, parts in per_label:
-        cells = parts.pop()
-        whole = len(cells) < share * repeats
-        drawn = cells if whole else rng.choice(cells, share * repeats, replace=False)
-        parts.extend([drawn] * repeats if whole else np.split(drawn, repeats))
-    means_rl = np.empty((repeats, len(per_label)))
-    for label, (chosen, parts) in enumerate(per_label):
-        for repeat, rows in enumerate(parts):
-            found = sampled_silhouettes(
-                latent_nk,
-                groups,
-                chosen,
-                rows,
-                np.searchsorted(chosen, labels_n[rows].astype(np.int64) * n_batches + batches_n[rows]),
-                per_group=max(n_references // len(chosen), 1),
-                rng=rng,
-                threads=threads,
-            )
-            means_rl[repeat, label] = np.mean(1 - np.abs(found))
-    n = sum(len(np.unique(np.concatenate(parts))) for _, parts in per_label)
-    return means_rl.mean(axis=1) if per_label else np.empty(0), n
+            parts = [cells] * repeats
+            if len(cells) > share * repeats:
+                parts = np.split(rng.choice(cells, share * repeats, replace=False), repeats)
+            n += min(len(cells), share * repeats)
+            means_lr.append([])
+            for rows in parts:
+                group_m = labels_n[rows].astype(np.int64) * n_batches + batches_n[rows]
+                found = sampled_silhouettes(
+                    latent_nk,
+                    groups,
+                    chosen,
+                    rows,
+                    np.searchsorted(chosen, group_m),
+                    per_group=max(n_references // len(chosen), 1),
+                    rng=rng,
+                    threads=threads,
+                )
+                means_lr[-1].append(float(np.mean(1 - np.abs(found))))
+    return np.mean(means_lr, axis=0) if several else np.empty(0), n

@@ -9,11 +9,10 @@ import numpy as np
 
 from streamx.labels import Labels
 from streamx.neighbors import Index, Neighbors, build_index, reach_recall
-from streamx.neighbors.blocks import scratch_array
+from streamx.neighbors.blocks import Rows, settle
 
 SEARCH_RECALL = 0.99
 MEMORY = "2GB"  # of an index and its work
-PIECE = 1 << 16  # rows worked on at a time
 IN_MEMORY = 1 << 28  # bytes of latents that may be copied; more of them go into a file
 
 
@@ -66,7 +65,7 @@ class Space:
         """These cells alone (a mask); nothing is copied if that is all of them."""
         if keep_n.all():
             return self
-        latent_nk = _rows(self.latent_nk, np.flatnonzero(keep_n))
+        latent_nk = settle(Rows(self.latent_nk, np.flatnonzero(keep_n)), IN_MEMORY)
         return replace(self, latent_nk=latent_nk, exact=len(latent_nk) <= self.max_cells)
 
     def sample(self, size: int) -> np.ndarray:
@@ -84,12 +83,3 @@ class Space:
             free = np.flatnonzero((label.codes_n == code) & ~taken)
             found.append(rng.choice(free, min(int(lacking[code]), len(free)), replace=False))
         return np.sort(np.concatenate(found))
-
-
-def _rows(latent_nk: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    shape = len(rows), latent_nk.shape[1]
-    large = shape[0] * shape[1] * latent_nk.itemsize > IN_MEMORY
-    kept = scratch_array(shape, latent_nk.dtype, on_disk=large)
-    for low in range(0, len(rows), PIECE):
-        kept[low : low + PIECE] = latent_nk[rows[low : low + PIECE]]
-    return kept
