@@ -2,10 +2,10 @@
 
     python benchmarks/umap.py --size 40000 --sketch 8000
 
-Trustworthiness (sklearn, 15 neighbours; 1 = whoever is near in the picture is near in the latent) of a sample of
-cells that no sketch held: of a UMAP fitted on all cells, of ours fitted on a sketch with the rest placed, of the
-plain weighted mean of the same neighbours, and of umap-learn's own transform. Prints one JSON line each, with the
-seconds that fitting and placing took.
+Trustworthiness (sklearn, 15 neighbours; 1 = whoever is near in the picture is near in the latent) of a sample
+of cells that no sketch held: of a UMAP fitted on all cells, of ours fitted on a sketch with the rest placed, of
+the plain weighted mean of the same neighbours, and of umap-learn's own transform. Prints one JSON line each,
+with the seconds that fitting and placing took.
 """
 
 from __future__ import annotations
@@ -31,12 +31,10 @@ RESULTS = Path(__file__).parent / "results" / "umap.jsonl"
 SCORED, NEIGHBORS = 4000, 15
 
 
-def ways(latent: np.ndarray, strata: np.ndarray, sketch: int) -> dict[str, Any]:
+def ways(latent: np.ndarray, rows: np.ndarray) -> dict[str, Any]:
     """What makes coordinates of all cells, by name; each returns them and the seconds of fitting."""
     from streamx.neighbors import nearest
     from streamx.plots import layout, umap
-
-    rows = layout.sketch_rows(latent, sketch, strata)
 
     def fitted() -> tuple[np.ndarray, dict[str, float]]:
         start = clock()
@@ -65,7 +63,7 @@ def ways(latent: np.ndarray, strata: np.ndarray, sketch: int) -> dict[str, Any]:
         spent = since(start)
         return model.transform(latent), spent
 
-    return {"all cells": all_cells, "ours": ours, "plain mean": plain_mean, "umap transform": transform}, rows
+    return {"all cells": all_cells, "ours": ours, "plain mean": plain_mean, "umap transform": transform}
 
 
 def main() -> None:
@@ -81,6 +79,8 @@ def main() -> None:
     args = parser.parse_args()
     from sklearn.manifold import trustworthiness
 
+    from streamx.plots.layout import sketch_rows
+
     warnings.simplefilter("ignore")
     about = {"commit": commit(), "machine": machine(), "time": time.strftime("%Y-%m-%d")}
     with tempfile.TemporaryDirectory() as temporary:
@@ -89,7 +89,8 @@ def main() -> None:
             simulate(folder, args.size, args.dimensions)
         latent, batch, label = read(folder)
         latent = np.asarray(latent)
-        made, rows = ways(latent, label * (batch.max() + 1) + batch, args.sketch)
+        rows = sketch_rows(latent, args.sketch, label * (batch.max() + 1) + batch)
+        made = ways(latent, rows)
         others = np.setdiff1d(np.arange(args.size), rows)
         scored = np.random.default_rng(1).choice(others, min(SCORED, len(others)), replace=False)
         for name in args.ways or made:

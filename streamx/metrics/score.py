@@ -136,6 +136,8 @@ def score_latent(
     space = Space(latent_nk, len(latent_nk) <= max_cells, max_cells, seed, threads).take(keep)
     batch = None if batch is None else batch.take(keep)
     label = None if label is None else label.take(keep)
+    if batch is not None and not batch.known_n.all():  # a missing batch is a batch of its own
+        batch = encode_labels(batch.text("missing"), ())
 
     bar = tqdm(total=5, desc=progress, disable=None if progress else True, leave=False)
     with bar:
@@ -161,8 +163,6 @@ def _why_not(labels: Labels | None, kind: str, n: int) -> str | None:
 
 def _batch_measures(space: Space, batch: Labels | None) -> tuple[dict[str, Measure], Neighbors | None]:
     """Metrics of batches, and the neighbours that they rest on: of all cells, or of the sample."""
-    if batch is not None and not batch.known_n.all():  # a missing batch is a batch of its own
-        batch = encode_labels(batch.text("missing"), ())
     reason = _why_not(batch, "batches", space.n)
     if reason is not None or batch is None:
         return {name: undefined(reason or "") for name in BATCH_METRICS if name != "asw_batch"}, None
