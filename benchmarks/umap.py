@@ -3,8 +3,8 @@
     python benchmarks/umap.py --size 40000 --sketch 8000
 
 Trustworthiness (sklearn, 15 neighbours; 1 = whoever is near in the picture is near in the latent) of a sample
-of cells that no sketch held: of a UMAP fitted on all cells, of ours fitted on a sketch with the rest placed, of
-the plain weighted mean of the same neighbours, and of umap-learn's own transform. Prints one JSON line each,
+of cells that no sketch held: of a UMAP fitted on all cells, of ours fitted on a sketch with the rest placed,
+of the plain weighted mean of the same neighbours, and of umap-learn's own transform. Prints a JSON line each,
 with the seconds that fitting and placing took.
 """
 
