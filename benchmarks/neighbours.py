@@ -1,4 +1,4 @@
-"""Nearest neighbours at size, streamx beside faiss, hnswlib, pynndescent and scikit-learn; and label transfer.
+"""Nearest neighbours at size, beside faiss, hnswlib, pynndescent and scikit-learn; and label transfer.
 
     python benchmarks/neighbours.py --peers PYTHON --sizes 100000 1000000 --dims 10 30 --neighbors 15 50
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from streamx.config import MetricsConfig, TransferConfig, build, parse_bytes
+from streamx.config import MetricsConfig, TransferConfig, build
 from streamx.errors import BadFileError, EmptyError, IncompleteError, UsageError
 from streamx.labels import Labels, encode_labels, unify_labels
 from streamx.metrics import agreement, score_latent
@@ -55,6 +55,7 @@ REFERENCE = "reference.zarr"
 LATENT = "X_scalex"
 INDEXES = "neighbors"
 NOVEL = 0.95  # novelty of more than this is counted
+IN_MEMORY = 256_000_000  # bytes of latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +80,8 @@ class Cells:
 
     @cached_property
     def latent_nk(self) -> np.ndarray:
-        """All latents, in memory."""
-        return self.latents[:]
+        """All latents, read once: in memory, or in a temporary file while they take more than 256 MB."""
+        return settle(self.latents, IN_MEMORY)
 
     @property
     def path(self) -> Path | str:
@@ -232,9 +233,8 @@ def transfer(
     ``probabilities``, ``obsm["<label_key>_probabilities"]`` (cells x labels) and the labels' names in
     ``uns["<label_key>_labels"]``. Run again, it replaces them.
 
-    Latents of queries are read block by block; those of a reference that take more than a quarter of
-    ``memory`` lie in a temporary file meanwhile. The index of a large reference is kept in
-    ``MODEL/neighbors``.
+    Latents of queries are read block by block; those of a reference that take more than 256 MB lie in a
+    temporary file meanwhile. The index of a large reference is kept in ``MODEL/neighbors``.
 
     Parameters
     ----------
@@ -307,7 +307,7 @@ def _voters(reference: Cells, queries: Sequence[Cells], config: TransferConfig) 
     columns = [*config.within, config.label_key]
     levels = [encode_labels(reference.column(key), config.unlabeled) for key in columns]
     options: dict[str, Any] = {"seed": config.seed, "threads": config.threads, "memory": config.memory}
-    latent_nk = settle(reference.latents, parse_bytes(config.memory) // 4)
+    latent_nk = reference.latent_nk
     asking = Stacked([query.latents for query in queries])
     voting = Rows(latent_nk, np.flatnonzero(voting_cells(latent_nk, levels)))
     home = follow(reference.location, "..").root

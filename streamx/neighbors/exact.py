@@ -130,7 +130,7 @@ class ExactIndex:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What to keep of the index, by name."""
-        return {f"points-{self.n}": self.reference_nk}
+        return {"points": self.reference_nk}
 
     def _pass(
         self,

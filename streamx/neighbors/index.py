@@ -26,7 +26,7 @@ FEWEST = 64  # cells that an approximate search is worth asking
 # Seconds, one thread of the build machine: what `auto` weighs. Thread counts must not change results, so they
 # don't enter.
 _EXACT_PAIR = 1.4e-9
-_LISTS_START, _LISTS_BUILD, _LISTS_QUERY = 2.0, 3e-6, 3e-5
+_LISTS_START, _LISTS_BUILD, _LISTS_QUERY = 2.0, 3e-6, 2e-5
 
 
 class Index(Protocol):
@@ -67,7 +67,7 @@ class Index(Protocol):
         """All cells in pieces that memory holds: (rows, their numbers)."""
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What to keep of the index, by name; what has a name never changes."""
+        """What to keep of the index, by name."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def choose_method(n_reference: int, n_query: int, method: str = "auto") -> str:
     """``"exact"`` while that should be faster than filling inverted lists and measuring their recall.
 
     At 1 M reference cells exact search wins up to about 5 k queries; a graph of a set with itself, up to
-    about 60 k cells.
+    about 50 k cells.
     """
     if method not in METHODS:
         raise UsageError(f"index = {method!r}", fix=f"one of {', '.join(METHODS)}")
@@ -156,7 +156,7 @@ def build_index(
 
 
 def save_index(index: Index, folder: str | Path) -> None:
-    """Write an index into a folder, as plain arrays with checksums; what the folder holds already stays.
+    """Write an index into a folder, as plain arrays with checksums; of one opened there, only what is new.
 
     A reader, or a kill, finds the old index or the new one.
     """

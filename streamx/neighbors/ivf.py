@@ -156,9 +156,7 @@ class IVFIndex:
         distances = np.full((len(query_mk), k), np.nan)
         list_m = lists_of(self.centres, query_mk, self.threads)
         rows = np.flatnonzero(list_m >= 0)
-        rows = rows[
-            np.argsort(list_m[rows], kind="stable")
-        ]  # neighbours read the same lists: they stay cached
+        rows = rows[np.argsort(list_m[rows], kind="stable")]  # who reads the same lists comes together
         q_mk = query_mk.astype(np.float64)
         self._search(q_mk, rows, self.effort, indices, distances)
         short = rows[indices[rows, -1] < 0] if k else rows[:0]
@@ -231,9 +229,9 @@ class IVFIndex:
         return points_nk
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """What to keep of the index, by name; what has a name never changes."""
-        parts: dict[str, Any] = {f"centres-{self.epoch}": self.centres}
-        parts |= {f"lists-{self.epoch}-{number}": segment for number, segment in enumerate(self.segments)}
+        """What to keep of the index, by name."""
+        parts: dict[str, Any] = {"centres": self.centres}
+        parts |= {f"lists-{number}": segment for number, segment in enumerate(self.segments)}
         return {f"{name}-{key}": value for name, part in parts.items() for key, value in vars(part).items()}
 
     def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -278,16 +276,15 @@ def build_lists(
     return IVFIndex(centres, [segment], seed=seed, threads=threads, memory=most, epoch=epoch)
 
 
-def from_arrays(arrays: dict[str, np.ndarray], *, epoch: int, **settings: Any) -> IVFIndex:
+def from_arrays(arrays: dict[str, np.ndarray], **settings: Any) -> IVFIndex:
     """The index whose :meth:`IVFIndex.arrays` these are."""
 
     def part(kind: type[Any], name: str) -> Any:
         return kind(*(arrays[f"{name}-{field.name}"] for field in fields(kind)))
 
     n_segments = sum(name.endswith("-number_n") for name in arrays)
-    centres = part(Centres, f"centres-{epoch}")
-    segments = [part(Segment, f"lists-{epoch}-{number}") for number in range(n_segments)]
-    return IVFIndex(centres, segments, epoch=epoch, **settings)
+    segments = [part(Segment, f"lists-{number}") for number in range(n_segments)]
+    return IVFIndex(part(Centres, "centres"), segments, **settings)
 
 
 def train(reference_nk: Any, seed: int) -> Centres:

@@ -32,12 +32,7 @@ def squares(q_k, flat, low, out):
     j = 0
     while j + 4 <= d:
         at = base + j * n
-        a, b, c, e = (
-            flat[at : at + n],
-            flat[at + n : at + 2 * n],
-            flat[at + 2 * n : at + 3 * n],
-            flat[at + 3 * n :],
-        )
+        a, b, c, e = flat[at:], flat[at + n :], flat[at + 2 * n :], flat[at + 3 * n :]
         qa, qb, qc, qe = q_k[j], q_k[j + 1], q_k[j + 2], q_k[j + 3]
         for i in range(n):
             s, t, u, v = a[i] - qa, b[i] - qb, c[i] - qc, e[i] - qe

@@ -82,7 +82,7 @@ class NNDescentIndex:
 
     def arrays(self) -> dict[str, np.ndarray]:
         """What to keep of the index: not its graph, which the seed gives again."""
-        return {f"points-{self.n}": self.reference_nk}
+        return {"points": self.reference_nk}
 
     def _built(self) -> Any:
         if self._index is None:

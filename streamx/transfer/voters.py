@@ -70,9 +70,10 @@ def gather(
     k = N_NEIGHBORS[method] if n_neighbors is None else n_neighbors
     if k < 1:
         raise UsageError(f"n_neighbors = {k}", fix="at least 1")
-    if k > reference_nk.shape[0]:
-        warn(f"only {reference_nk.shape[0]} reference cells have a label, fewer than n_neighbors = {k}: all vote")
-        k = reference_nk.shape[0]
+    n = reference_nk.shape[0]
+    if k > n:
+        warn(f"only {n} reference cells have a label, fewer than n_neighbors = {k}: all vote")
+        k = n
     parents = tuple(_parents(coarse, fine) for coarse, fine in pairwise(encoded))
     if isinstance(index, str):
         index = build_index(
