@@ -516,8 +516,8 @@ class TrainConfig:
     )
     graph: str = option(
         "auto",
-        "record a step of SCALEX once and replay it, which spares the host launching its operations: auto "
-        "(with one process on a GPU), on, off",
+        "record a training step once and replay it, which spares the host launching its operations: auto "
+        "(with one process on a GPU; all models but trvae), on, off",
         choices=("auto", "on", "off"),
     )
     norm: str | None = option(

@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dense", action="store_true", help="keep the counts as a dense matrix")
+    parser.add_argument("--accelerator", default="cpu", help="cpu or gpu")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_num_interop_threads(1)
@@ -54,7 +55,7 @@ def main() -> None:
     adata = ad.read_h5ad(args.data)
     if args.dense:
         adata.X = adata.X.toarray()
-    options = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"accelerator": args.accelerator, "enable_progress_bar": False, "enable_model_summary": False}
     few = adata[np.random.default_rng(0).permutation(adata.n_obs)[:1000]].copy()
     model_of(args.model, few).train(max_epochs=1, **options)  # what a first call loads and allocates
     model = model_of(args.model, adata)

@@ -130,4 +130,5 @@ class _within:
         self.mask = mask
 
     def __call__(self, gradient: Tensor) -> Tensor:
-        return gradient * self.mask.to(gradient.device)
+        self.mask = self.mask.to(gradient.device)  # once: a recorded step may not copy from the host
+        return gradient * self.mask

@@ -63,6 +63,7 @@ class CovariateLinear(nn.Module):
     batch: nn.Parameter | None
     category: nn.Parameter | None
     continuous: nn.Parameter | None
+    kept_c: Tensor
     first_c: Tensor
 
     def __init__(
@@ -93,7 +94,8 @@ class CovariateLinear(nn.Module):
         self.batch = None if n_batches is None else nn.Parameter(parts[2])
         self.category = nn.Parameter(parts[3]) if sum(levels) else None
         # Where each category's columns begin; categories without columns are left out.
-        self.kept = [c for c, n in enumerate(levels) if n]
+        kept = [c for c, n in enumerate(levels) if n]
+        self.register_buffer("kept_c", torch.tensor(kept, dtype=torch.int64), persistent=False)
         kept_levels = [0, *(n for n in levels if n)]
         first_c = torch.tensor(kept_levels[:-1], dtype=torch.int64).cumsum(0)
         self.register_buffer("first_c", first_c, persistent=False)
@@ -115,7 +117,7 @@ class CovariateLinear(nn.Module):
             h_nh = h_nh + F.embedding(batch_n, self.batch.t())
         if self.category is not None:
             assert category_nc is not None
-            columns_nc = category_nc[:, self.kept] + self.first_c
+            columns_nc = category_nc[:, self.kept_c] + self.first_c
             h_nh = h_nh + F.embedding(columns_nc, self.category.t()).sum(1)
         return h_nh
 

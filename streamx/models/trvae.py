@@ -8,7 +8,6 @@ setting says so. What scArches calls a condition is a batch here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -79,11 +78,14 @@ class Block(nn.Module):
         self.dropout = config.dr_rate
 
     def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
-        """The column (n_out,) of one batch more, drawn as in a layer of two batches, whatever there are."""
+        """The column (n_out,) of one batch more: zeros, a batch without an effect.
+
+        scArches draws it, from a range so wide that the few hundred steps of surgery on a small query do not
+        undo what was drawn. Zero is also where the weight decay of the reference's training pulls columns.
+        """
         assert name == "batch"
         assert self.batch is not None
-        bound = 1 / math.sqrt(2)
-        return torch.empty(len(self.batch)).uniform_(-bound, bound, generator=generator)
+        return torch.zeros(len(self.batch))
 
     def forward(
         self, x: Tensor | Rows, batch_n: Tensor | None = None, generator: torch.Generator | None = None
@@ -235,9 +237,9 @@ class Trvae(nn.Module):
         self.decoder = Decoder(n_genes, n_batches, self.config, generator)
 
     def new_batch(self, name: str, generator: torch.Generator) -> Tensor:
-        """ln theta (n_genes,) of one batch more, as it is drawn at the beginning."""
+        """ln theta (n_genes,) of one batch more: zeros, as :meth:`Block.new_batch`."""
         assert name == "log_theta_gb"
-        return torch.randn((self.n_genes,), generator=generator)
+        return torch.zeros(self.n_genes)
 
     def encode(self, cells: Cells, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Mean and variance of q(z|x), float32 (n, latent_dim); ``generator`` draws dropout while training.

@@ -244,7 +244,8 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
         )
         validation = _Validation(module, others, columns, config.seed, run.device)
     loss = module.loss if labelled is None else _with_labelled(module)
-    task = Task(module, minibatches, loss, len(training), validation)
+    recordable = config.model != "trvae"  # its discrepancy looks at which batches a minibatch holds
+    task = Task(module, minibatches, loss, len(training), validation, recordable)
     if (
         config.model == "totalvi"
         and not bool(module.measured_bp.all())

@@ -77,7 +77,10 @@ def set_rate(optimizer: Any, lr: float) -> None:
         set_rate(optimizer.optimizers[0], lr)
     elif isinstance(optimizer, torch.optim.Optimizer):
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
     else:
         optimizer.lr = lr
 
@@ -116,12 +119,14 @@ def make_optimizer(
     module: nn.Module, lr: float, weight_decay: float, ranks: Ranks = ALONE, *, eps: float = EPS
 ) -> Any:
     """Adam with L2 weight decay in one pass over the weights: on the CPU our own, elsewhere torch's."""
-    device = next(module.parameters()).device.type
-    if device == "cpu":
+    device = next(module.parameters()).device
+    if device.type == "cpu":
         return Adam(module, lr, weight_decay, eps=eps, factors=not ranks.several)
-    on_gpu = device == "cuda"
+    if device.type != "cuda":
+        return torch.optim.Adam(module.parameters(), lr=lr, eps=eps, weight_decay=weight_decay)
+    rate = torch.tensor(lr, device=device)  # a recorded step reads it anew each time
     return torch.optim.Adam(
-        module.parameters(), lr=lr, eps=eps, weight_decay=weight_decay, fused=on_gpu, capturable=on_gpu
+        module.parameters(), lr=rate, eps=eps, weight_decay=weight_decay, fused=True, capturable=True
     )
 
 
