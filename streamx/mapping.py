@@ -25,7 +25,6 @@ from streamx.config import MetricsConfig, TransferConfig, build
 from streamx.errors import BadFileError, EmptyError, IncompleteError, UsageError
 from streamx.labels import Labels, encode_labels, unify_labels
 from streamx.metrics import agreement, score_latent
-from streamx.metrics.space import IN_MEMORY
 from streamx.neighbors import kept_index
 from streamx.neighbors.blocks import Rows, Stacked, settle
 from streamx.store.amend import amend

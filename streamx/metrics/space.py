@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from streamx.labels import Labels
-from streamx.neighbors import Index, Neighbors, build_index, reach_recall
+from streamx.neighbors import Index, Neighbors, build_index, nearest
 from streamx.neighbors.blocks import Rows, settle
 
 SEARCH_RECALL = 0.99
@@ -53,13 +53,17 @@ class Space:
 
     def around(self, rows: np.ndarray | None, n_neighbors: int) -> Neighbors:
         """Neighbours of `rows` (None: of all cells) among all cells, the cell itself left out."""
-        own = np.arange(self.n) if rows is None else rows
-        query_mk = self.latent_nk if rows is None else self.latent_nk[rows]
-        recall, tested = reach_recall(
-            self._index, query_mk, n_neighbors, own, target=SEARCH_RECALL, seed=self.seed
+        query_mk = None if rows is None else self.latent_nk[rows]
+        return nearest(
+            self.latent_nk,
+            query_mk,
+            n_neighbors,
+            own_m=rows,
+            index=self._index,
+            target_recall=SEARCH_RECALL,
+            seed=self.seed,
+            memory=MEMORY,
         )
-        indices, distances = self._index.search(query_mk, n_neighbors, own)
-        return Neighbors(indices, distances, self._index.method, recall, tested)
 
     def take(self, keep_n: np.ndarray) -> Space:
         """These cells alone (a mask); nothing is copied if that is all of them."""
