@@ -1,6 +1,6 @@
 """UMAP from a sketch: does it show as much as one of all cells, and what does it cost?
 
-    python benchmarks/umap.py --size 40000 --sketch 8000
+    python benchmarks/layout.py --size 40000 --sketch 8000
 
 Trustworthiness (sklearn, 15 neighbours; 1 = whoever is near in the picture is near in the latent) of a sample
 of cells that no sketch held: of a UMAP fitted on all cells, of ours fitted on a sketch with the rest placed,
@@ -27,7 +27,7 @@ from clock import clock, peak_rss_mb, since
 from metrics import read, simulate
 from provenance import commit, machine
 
-RESULTS = Path(__file__).parent / "results" / "umap.jsonl"
+RESULTS = Path(__file__).parent / "results" / "layout.jsonl"
 SCORED, NEIGHBORS = 4000, 15
 
 
