@@ -295,6 +295,8 @@ def train(reference_nk: Any, seed: int) -> Centres:
     rows = np.sort(rng.choice(n, min(n, SAMPLE * n_lists), replace=False))
     sample_nk = take_rows(reference_nk, rows)
     sample_nk = sample_nk[finite_rows(sample_nk)].astype(np.result_type(sample_nk.dtype, np.float32))
+    if not len(sample_nk):
+        raise BadValuesError("the reference has no cell without NaN or inf", fix="project it again")
     n_groups = max(1, round(sqrt(n_lists)))
     center_kg = k_means(sample_nk, n_groups, rng)
     group_n = assign(sample_nk, center_kg)

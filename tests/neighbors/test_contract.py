@@ -172,6 +172,8 @@ def test_bad_reference_cells_and_queries(method):
     points[70, 2] = np.nan
     with pytest.raises(BadValuesError, match="row 70"):
         build_index(points, 10, method=method)
+    with pytest.raises(BadValuesError, match="NaN"):
+        build_index(np.full((100, 3), np.nan), 10, method=method)
     with pytest.raises(BadValuesError, match="dimensions"):
         nearest(clustered(1, 200), np.zeros((5, 2)), method=method)
 
