@@ -312,7 +312,8 @@ def train(reference_nk: Any, seed: int) -> Centres:
 def fill(centres: Centres, points_nk: Any, first: int, *, threads: int, memory: int) -> Segment:
     """Put points, numbered from `first`, into their lists.
 
-    They are read once to see where each belongs, and then once per part of the lists that memory holds.
+    They are read once to see where each belongs, and once more; or, where the lists are laid down in a file,
+    once for each part of them that memory holds.
     """
     n, d, dtype = points_nk.shape[0], len(centres.group_kg), centres.flat.dtype
     list_n = np.empty(n, np.int32)
@@ -325,11 +326,13 @@ def fill(centres: Centres, points_nk: Any, first: int, *, threads: int, memory: 
             fix="leave out cells without a latent",
         )
     offset_l = np.concatenate([[0], np.cumsum(np.bincount(list_n, minlength=centres.n_lists))])
-    flat = scratch_array((n * d,), dtype, on_disk=n * d * dtype.itemsize > memory // 2)
+    on_disk = n * d * dtype.itemsize > memory // 2
+    flat = scratch_array((n * d,), dtype, on_disk=on_disk)
+    most = max(1, memory // 4 // (d * dtype.itemsize)) if on_disk else n
     number_n, next_l = np.empty(n, np.int64), np.zeros(centres.n_lists, np.int64)
-    for low_list, high_list in parts_of(offset_l, max(1, memory // 4 // (d * dtype.itemsize))):
+    for low_list, high_list in parts_of(offset_l, most):
         begin, end = offset_l[low_list], offset_l[high_list]
-        part = np.empty((end - begin) * d, dtype)
+        part = np.empty((end - begin) * d, dtype) if on_disk else flat
         for low, rows_nk in blocks(points_nk):
             loops.place_points(
                 np.ascontiguousarray(rows_nk, dtype=dtype),
@@ -342,7 +345,8 @@ def fill(centres: Centres, points_nk: Any, first: int, *, threads: int, memory: 
                 number_n[begin:end],
                 part,
             )
-        flat[begin * d : end * d] = part
+        if on_disk:
+            flat[begin * d : end * d] = part
     return Segment(offset_l, number_n, flat)
 
 
