@@ -676,7 +676,7 @@ class MetricsConfig:
         UNLABELED, "labels that mean none (missing ones always do)", many=True
     )
     max_cells: int = option(
-        40_000, "above this many cells metrics are sampled, with a confidence interval", least=1
+        50_000, "above this many cells metrics are sampled, with a confidence interval", least=1
     )
     resolution: str = option(
         "best", "Leiden resolution for NMI and ARI, or best: of 0.1, 0.2, ..., 2.0 the one with the best NMI"
@@ -699,9 +699,16 @@ class PlotConfig:
     format: str = option("png", "format of the figures", choices=("png", "pdf", "svg"))
     n_neighbors: int = option(30, "neighbours in the graph that the UMAP is made from", least=2)
     min_dist: float = option(0.1, "how closely the UMAP packs cells", least=0)
+    umap: str = option(
+        "reference",
+        "fit the UMAP on the reference, whose picture then stays as it is while queries are placed into it; "
+        "or on all cells together (joint), which shows what no reference cell is like",
+        choices=("reference", "joint"),
+    )
     max_cells: int = option(
-        200_000,
-        "the UMAP is fitted on at most this many cells, the others are placed from their neighbours",
+        100_000,
+        "the UMAP is fitted on at most this many cells, drawn by batch and label; the others are placed "
+        "from their neighbours",
         least=10,
     )
     seed: int = option(0, "seed of the UMAP and of the sketch that it is fitted on", least=0)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import pandas as pd
@@ -15,11 +18,13 @@ from streamx.config import PlotConfig, build
 from streamx.errors import UsageError
 from streamx.labels import encode_labels
 from streamx.mapping import LATENT, Cells, batches_of, read_queries, read_reference
-from streamx.plots import confusion, embedding, history, meta, meta2, umap
+from streamx.plots import confusion, embedding, history, meta, meta2, place, umap
+from streamx.plots.layout import sketch_rows
 from streamx.plots.style import palette
 from streamx.store.location import follow, local_folder, open_location
 
 BATCH, ORIGIN, REFERENCE = "batch", "origin", "reference"
+UMAP_SETTINGS = ("n_neighbors", "min_dist", "max_cells", "seed", "label_key", "batch_key")
 
 
 @dataclass
@@ -35,7 +40,7 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
 
     ============================  ======================================================================
     history                       losses over epochs
-    umap_<color>                  UMAP of all cells in one space; reference and queries in panels
+    umap_<color>                  the reference's UMAP, queries placed into it, each in its panel
     confusion                     predictions against the queries' own labels (needs `label_key`)
     meta                          correlation of the mean latents of all (batch, label) pairs
     meta2_<query>                 the same, labels of a query against those of the reference
@@ -78,14 +83,7 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
     history(given, path("history"), show=False)
     colors = colors_of(config, [reference, *queries])
     cells = gather(reference, queries, config, colors)
-    cells.obsm["X_umap"] = umap(
-        cells.obsm[LATENT],
-        n_neighbors=config.n_neighbors,
-        min_dist=config.min_dist,
-        sketch=config.max_cells,
-        seed=config.seed,
-        threads=config.threads,
-    )
+    cells.obsm["X_umap"] = coordinates(cells, reference, config, folder)
     for color in colors:
         groups = _origins_with(cells, color) if queries and color != BATCH else None
         embedding(
@@ -100,6 +98,65 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
     if config.label_key is not None:
         _draw_labels(cells, config.label_key, queries, path)
     return paths
+
+
+def coordinates(cells: Drawn, reference: Cells, config: PlotConfig, folder: Path) -> np.ndarray:
+    """UMAP of cells in the order of :func:`gather`: float32, (n_cells, 2).
+
+    Fitted on the reference, its coordinates are kept in ``umap_reference.npz`` in the folder of the figures
+    (``xy``, of its cells with a latent, and ``sketch``, the rows that it was fitted on), and used again as
+    long as the model, its cells and the settings are the same; so queries that come later change none.
+    """
+    latent_nk = cells.obsm[LATENT]
+    strata = encode_labels(cells.obs[BATCH], ()).codes_n.astype(np.int64)
+    if config.label_key is not None and config.label_key in cells.obs:
+        label = encode_labels(cells.obs[config.label_key])
+        strata = strata * (len(label.names) + 1) + label.codes_n + 1
+    if config.umap == "joint":
+        return _fitted(latent_nk, strata, config)[0]
+    n = int((cells.obs[ORIGIN] == REFERENCE).sum())  # the first ones
+    file = folder / "umap_reference.npz"
+    settings = {name: getattr(config, name) for name in UMAP_SETTINGS}
+    made_from = {"model": reference.model_id, "cells": _checksum(latent_nk[:n]), **settings}
+    found = _read_coordinates(file, made_from)
+    if found is None:
+        found = _fitted(latent_nk[:n], strata[:n], config)
+        partial = file.with_name(f".{file.name}")
+        with partial.open("wb") as stream:
+            np.savez(stream, xy=found[0], sketch=found[1], made_from=json.dumps(made_from))
+        partial.replace(file)
+    xy_n2, sketch = found
+    fitted = latent_nk[sketch], xy_n2[sketch]
+    placed = place(latent_nk[n:], *fitted, seed=config.seed, threads=config.threads)
+    return np.concatenate([xy_n2, placed])
+
+
+def _fitted(latent_nk: np.ndarray, strata: np.ndarray, config: PlotConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Coordinates of all cells, and the rows that they were fitted on."""
+    xy_n2 = umap(
+        latent_nk,
+        strata=strata,
+        n_neighbors=config.n_neighbors,
+        min_dist=config.min_dist,
+        sketch=config.max_cells,
+        seed=config.seed,
+        threads=config.threads,
+    )
+    return xy_n2, sketch_rows(latent_nk, config.max_cells, strata, config.seed)
+
+
+def _checksum(latent_nk: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(latent_nk).data).hexdigest()
+
+
+def _read_coordinates(file: Path, made_from: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+    """What an earlier run kept, if it was made from the same."""
+    try:
+        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            same = json.loads(str(stored["made_from"])) == made_from
+            return (stored["xy"], stored["sketch"]) if same else None
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile):  # none, or damaged: made again
+        return None
 
 
 def _origins_with(cells: Drawn, color: str) -> list[str]:
@@ -158,7 +215,7 @@ def gather(reference: Cells, queries: Sequence[Cells], config: PlotConfig, color
     """Cells that have a latent, with the columns that figures need; what a part lacks is missing there."""
     parts = [reference, *queries]
     latent_nk = np.concatenate([part.latent_nk for part in parts])
-    obs = pd.DataFrame(index=pd.RangeIndex(len(latent_nk)).astype(str))
+    obs = pd.DataFrame(index=pd.RangeIndex(len(latent_nk)))
     obs[ORIGIN] = np.repeat([REFERENCE, *(query.name for query in queries)], [part.n_cells for part in parts])
     obs[BATCH] = np.concatenate(batches_of(reference, queries, config.batch_key))
     key = config.label_key

@@ -400,7 +400,8 @@ def metrics(
 
     Batches of a query are those of its batch column, else the query is one batch; one that has the name of a
     reference batch is another batch all the same. Labels of a query are its true ones: of `truth_key`, else
-    of `label_key`; transferred labels say nothing here.
+    of `label_key`; transferred labels say nothing here. Latents that take more than 256 MB lie in a temporary
+    file meanwhile.
 
     Parameters
     ----------
@@ -437,7 +438,7 @@ def metrics(
         parts = [_given_labels(cells, key) for cells, key in zip(everyone, keys, strict=True)]
         labels = np.concatenate(parts)
     found = score_latent(
-        np.concatenate([cells.latent_nk for cells in everyone]),
+        settle(Stacked([cells.latents for cells in everyone]), IN_MEMORY),
         batches,
         labels,
         unlabeled=config.unlabeled,
@@ -445,6 +446,7 @@ def metrics(
         resolution=_resolution(config.resolution),
         seed=config.seed,
         threads=config.threads,
+        progress="metrics",
     ).to_json()
     if config.truth_key is not None:
         found |= _score_queries(queries, f"{config.label_key}_pred", config.truth_key, config.unlabeled)

@@ -64,16 +64,34 @@ def mean_of(values_n: np.ndarray, exact: bool, seed: int | None = None, **extra:
     return Measure(value, False, len(values_n), (value - half, value + half), seed, extra=extra or None)
 
 
-def mean_of_means(values_n: np.ndarray, group_n: np.ndarray, exact: bool, seed: int | None = None) -> Measure:
-    """The mean over groups (labels) of the mean over their cells."""
-    groups, codes = np.unique(group_n, return_inverse=True)
-    counts = np.bincount(codes)
-    means = np.bincount(codes, values_n) / counts
+def share_of(hits_n: np.ndarray, exact: bool, seed: int | None = None, **extra: Any) -> Measure:
+    """The share of cells that are hits; of a sample, with Wilson's interval, which no hits leave open."""
+    n, value = len(hits_n), float(np.mean(hits_n))
+    if exact:
+        return Measure(value, n=n, extra=extra or None)
+    center = (value + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
+    half = _Z / (1 + _Z**2 / n) * float(np.sqrt(value * (1 - value) / n + _Z**2 / (4 * n**2)))
+    return Measure(value, False, n, (center - half, center + half), seed, extra=extra or None)
+
+
+def mean_of_means(
+    values_n: np.ndarray, group_n: np.ndarray, exact: bool, seed: int | None, size_g: np.ndarray
+) -> Measure:
+    """The mean over groups (labels 0, 1, ..., each with a value) of the mean over their cells.
+
+    Parameters
+    ----------
+    size_g
+        All cells of each group; one of which every cell has a value is known exactly.
+    """
+    counts = np.bincount(group_n)
+    means = np.bincount(group_n, values_n) / counts
     value = float(means.mean())
     if exact:
         return Measure(value, n=len(values_n))
-    spread = np.bincount(codes, (values_n - means[codes]) ** 2) / np.maximum(counts - 1, 1)
-    half = _Z * float(np.sqrt(np.sum(spread / counts))) / len(groups)
+    spread = np.bincount(group_n, (values_n - means[group_n]) ** 2) / np.maximum(counts - 1, 1)
+    spread[counts == size_g] = 0
+    half = _Z * float(np.sqrt(np.sum(spread / counts))) / len(counts)
     return Measure(value, False, len(values_n), (value - half, value + half), seed)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from tqdm.auto import tqdm
 
 from streamx.config import UNLABELED, MetricsConfig
 from streamx.errors import BadValuesError, EmptyError
@@ -21,9 +22,11 @@ from streamx.metrics.measure import (
     scaled,
     undefined,
 )
-from streamx.neighbors import Neighbors, nearest
+from streamx.metrics.space import Space
+from streamx.neighbors import Neighbors
+from streamx.neighbors.blocks import finite_rows
 
-BATCH_METRICS = ("batch_entropy_mixing", "ebm", "ilisi", "same_batch", "asw_batch")
+BATCH_METRICS = ("batch_entropy_mixing", "ebm", "ilisi", "kbet", "same_batch", "asw_batch")
 LABEL_METRICS = (
     "clisi",
     "knn_purity",
@@ -33,8 +36,10 @@ LABEL_METRICS = (
     "nmi",
     "ari",
 )
-SAMPLED_SILHOUETTES, SAMPLED_PER_LABEL = 2000, 500
-CLUSTERED_SAMPLES = 5  # of max_cells / 4 each: their spread is the interval of a clustering metric
+SILHOUETTES = 0.8  # of max_cells: rows whose silhouettes are sampled, over all repeats
+SILHOUETTE_REPEATS = 8
+CLUSTERED = 4  # times max_cells: a sketch that is clustered
+SKETCHES = 5  # their spread is the interval of a clustering metric
 
 
 @dataclass(frozen=True)
@@ -58,39 +63,6 @@ class Scores:
         return {**self.values, "details": details, **self.notes}
 
 
-@dataclass(frozen=True)
-class _Space:
-    """Cells with a latent, and how to look at them."""
-
-    latent_nk: np.ndarray
-    exact: bool
-    max_cells: int
-    seed: int
-    threads: int
-
-    def around(self, rows: np.ndarray | None, n_neighbors: int) -> Neighbors:
-        """Neighbours of `rows` (None: of all cells) among all cells; always exact."""
-        own = np.arange(len(self.latent_nk)) if rows is None else rows
-        return nearest(
-            self.latent_nk,
-            self.latent_nk[own],
-            n_neighbors,
-            own_m=own,
-            method="exact",
-            threads=self.threads,
-            memory="1TB",  # latents are in memory already, and a search works in blocks
-        )
-
-    def take(self, keep_n: np.ndarray) -> _Space:
-        latent_nk = self.latent_nk[keep_n]
-        return _Space(latent_nk, len(latent_nk) <= self.max_cells, self.max_cells, self.seed, self.threads)
-
-    def sample(self, size: int) -> np.ndarray:
-        """Sorted rows, drawn without replacement."""
-        n = len(self.latent_nk)
-        return np.sort(np.random.default_rng(self.seed).choice(n, min(size, n), replace=False))
-
-
 def score_latent(
     latent_nk: np.ndarray,
     batches: Any = None,
@@ -101,16 +73,27 @@ def score_latent(
     resolution: float | str = "best",
     seed: int = 0,
     threads: int = 0,
+    progress: str | None = None,
 ) -> Scores:
     """Mixing of batches and separation of labels in a latent space.
 
     Up to `max_cells` cells every metric is exact (but for the two entropy scores, which are defined by 10,000
-    and 5,000 draws). Above, neighbours and silhouettes are exact for a seeded sample of cells against *all*
-    cells, and clusters come from samples; each such value has a 95 % confidence interval.
+    and 5,000 draws). Above, each is estimated, with a 95 % confidence interval:
+
+    * Metrics of neighbours from one search: `max_cells` sampled cells against *all* cells (and more of rare
+      labels for knn_purity, which needs each label's mean). An approximate search reaches a recall of .99 on
+      a sample of them, or warns.
+    * Silhouettes from eight disjoint samples of cells, .8 `max_cells` together; each label or batch is
+      represented by drawn cells and by its moments (:func:`~.silhouette.sampled_silhouettes`).
+    * Up to 4 `max_cells`, clusters and connectivity from the graph of all cells (of the same recall).
+      Above, from five sketches of 4 `max_cells` cells, each with its own graph: they estimate what a sketch
+      of that size gives, and a sketch's graph is coarser than that of all cells. ``"best"`` looks for the
+      resolution on the first sketch.
 
     ======================  =========================================================================
     batch_entropy_mixing    SCALEX, 100 neighbours; 0 to ln 2 = 0.693
     ebm                     scArches, 50 neighbours; 0 to 1
+    kbet                    share of cells around which 50 neighbours pass the chi-squared test; 0 to .95
     ilisi, clisi            median LISI, 90 neighbours, scaled to 0-1 as scib (1 = mixed; 1 = separated)
     same_batch              share of 30 neighbours from the own batch (details: perfectly mixed)
     knn_purity              scArches, 50 neighbours; 0 to 1
@@ -127,33 +110,43 @@ def score_latent(
     Parameters
     ----------
     latent_nk
-        (n_cells, n_latent) float; rows with NaN are left out.
+        (n_cells, n_latent) float; rows with NaN are left out. May be memory-mapped; a copy without them, if
+        large, lies in a file without a name in the system's folder for such.
     batches, labels
         One per cell, or None. Missing labels and those in `unlabeled` are none.
     resolution
         Of Leiden; ``"best"`` tries 0.1, 0.2, ..., 2.0 and keeps the best NMI (scArches' get_nmi).
+    progress
+        Title of a progress bar.
 
     Returns
     -------
     Scores
         A metric that isn't defined for these cells (one batch, one label) is None, with a reason.
     """
-    latent_nk = np.asarray(latent_nk)
+    latent_nk = np.asanyarray(latent_nk)
     batch = None if batches is None else encode_labels(batches, ())
     label = None if labels is None else encode_labels(labels, unlabeled)
     for name, given in (("batches", batch), ("labels", label)):
         if given is not None and len(given) != len(latent_nk):
             raise BadValuesError(f"{len(given):,} {name} for {len(latent_nk):,} cells")
-    keep = np.isfinite(latent_nk).all(axis=1)
+    keep = finite_rows(latent_nk)
     if not keep.any():
         raise EmptyError("no cell has a latent", fix="project with a lower min_features")
-    space = _Space(latent_nk, False, max_cells, seed, threads).take(keep)
+    space = Space(latent_nk, len(latent_nk) <= max_cells, max_cells, seed, threads).take(keep)
     batch = None if batch is None else batch.take(keep)
     label = None if label is None else label.take(keep)
+    if batch is not None and not batch.known_n.all():  # a missing batch is a batch of its own
+        batch = encode_labels(batch.text("missing"), ())
 
-    measures, graph = _batch_measures(space, batch)
-    measures |= _label_measures(space, batch, label, graph, resolution)
-    notes = {"n_cells": len(space.latent_nk), "n_without_latent": int((~keep).sum())}
+    bar = tqdm(total=5, desc=progress, disable=None if progress else True, leave=False)
+    with bar:
+        measures, found = _batch_measures(space, batch)
+        bar.update()
+        measures |= _label_measures(space, batch, label, found, resolution, bar)
+    notes: dict[str, Any] = {"n_cells": space.n, "n_without_latent": int((~keep).sum())}
+    if found is not None:
+        notes["knn_recall"] = found.recall
     return Scores(measures, notes)
 
 
@@ -168,118 +161,152 @@ def _why_not(labels: Labels | None, kind: str, n: int) -> str | None:
     return None
 
 
-def _batch_measures(space: _Space, batch: Labels | None) -> tuple[dict[str, Measure], Neighbors | None]:
-    """Metrics of batches, and the graph of all cells (None if only a sample was searched)."""
-    n = len(space.latent_nk)
-    if batch is not None and not batch.known_n.all():  # a missing batch is a batch of its own
-        batch = encode_labels(batch.text("missing"), ())
-    reason = _why_not(batch, "batches", n)
+def _batch_measures(space: Space, batch: Labels | None) -> tuple[dict[str, Measure], Neighbors | None]:
+    """Metrics of batches, and the neighbours that they rest on: of all cells, or of the sample."""
+    reason = _why_not(batch, "batches", space.n)
     if reason is not None or batch is None:
         return {name: undefined(reason or "") for name in BATCH_METRICS if name != "asw_batch"}, None
-    draws = mixing.draw_cells(n, mixing.BEM_POOLS, seed=space.seed)
-    rows = None if space.exact else np.unique(draws)
+    rows = None if space.exact else space.sample(space.max_cells)
+    draws = None if rows is not None else mixing.draw_cells(space.n, mixing.BEM_POOLS, seed=space.seed)
     found = space.around(rows, mixing.BEM_NEIGHBORS)
-    graph = found if rows is None else None
-    if rows is not None:
-        draws = np.searchsorted(rows, draws)
     own = batch.codes_n if rows is None else batch.codes_n[rows]
     codes = batch.codes_n[found.indices_nm]
     n_batches, exact, seed = len(batch.names), space.exact, space.seed
-    share_b = np.bincount(batch.codes_n, minlength=n_batches) / n
+    share_b = np.bincount(batch.codes_n, minlength=n_batches) / space.n
     scalex = mixing.mixing_entropies(codes, share_b)
     scarches = mixing.batch_entropies(codes[:, : mixing.EBM_NEIGHBORS], n_batches)
     near = lisi.LISI_NEIGHBORS - 1
     local = lisi.lisi(found.distances_nm[:, :near], codes[:, :near], n_batches)
+    tested = codes[:, : mixing.KBET_NEIGHBORS - 1]
+    few = None if draws is None else draws[: mixing.EBM_POOLS]
     return {
         "batch_entropy_mixing": mixing.batch_entropy_mixing(scalex, draws, n_batches, seed),
-        "ebm": mixing.entropy_batch_mixing(scarches, draws[: mixing.EBM_POOLS], seed),
+        "ebm": mixing.entropy_batch_mixing(scarches, few, seed),
         "ilisi": scaled(median_of(local, exact, seed), 1, n_batches),
+        "kbet": mixing.kbet(tested, own, share_b, exact, seed),
         "same_batch": mixing.same_batch(codes[:, : mixing.SAME_NEIGHBORS], own, share_b, exact, seed),
-    }, graph
+    }, found
 
 
 def _label_measures(
-    space: _Space,
+    space: Space,
     batch: Labels | None,
     label: Labels | None,
-    graph: Neighbors | None,
+    found: Neighbors | None,
     resolution: float | str,
+    bar: Any,
 ) -> dict[str, Measure]:
-    """Metrics of labels on the labelled cells; reuses `graph` if all cells have one."""
+    """Metrics of labels on the labelled cells; if these are all, from the neighbours already `found`."""
     known = np.zeros(0, dtype=bool) if label is None else label.known_n
     reason = _why_not(label, "labels", int(known.sum()))
     if reason is not None or label is None:
         return {name: undefined(reason or "") for name in ("asw_batch", *LABEL_METRICS)}
     if not known.all():
-        space, graph, label = space.take(known), None, label.take(known)
+        space, found, label = space.take(known), None, label.take(known)
         batch = None if batch is None else batch.take(known)
+    rows = None if space.exact else space.sample(space.max_cells)
+    found = space.around(rows, lisi.LISI_NEIGHBORS - 1) if found is None else found
+    local = lisi.lisi(
+        found.distances_nm[:, : lisi.LISI_NEIGHBORS - 1],
+        label.codes_n[found.indices_nm[:, : lisi.LISI_NEIGHBORS - 1]],
+        len(label.names),
+    )
+    measures = {"clisi": scaled(median_of(local, space.exact, space.seed), len(label.names), 1)}
+    measures["knn_purity"] = _purity(space, label, rows, found.indices_nm[:, : mixing.PURITY_NEIGHBORS])
+    bar.update()
+    measures["asw_batch"] = _asw_batch(space, batch, label.codes_n)
+    bar.update()
+    measures |= _silhouettes(space, label.codes_n, len(label.names))
+    bar.update()
+    measures |= _cluster_measures(space, label.codes_n, found if space.exact else None, resolution)
+    bar.update()
+    return measures
+
+
+def _purity(space: Space, label: Labels, rows: np.ndarray | None, indices_mj: np.ndarray) -> Measure:
+    """k-NN purity; of a sample, with more cells of labels that are rare in it."""
     codes = label.codes_n
-    near = lisi.LISI_NEIGHBORS - 1
-    rows = None if space.exact else space.sample(mixing.BEM_POOLS * mixing.DRAWS)
-    found = graph if graph is not None and rows is None else space.around(rows, near)
-    around = codes[found.indices_nm]
-    own = codes if rows is None else codes[rows]
-    n_labels, exact, seed = len(label.names), space.exact, space.seed
-    local = lisi.lisi(found.distances_nm[:, :near], around[:, :near], n_labels)
-    measures = {
-        "asw_batch": _asw_batch(space, batch, codes),
-        "clisi": scaled(median_of(local, exact, seed), n_labels, 1),
-        "knn_purity": mixing.knn_purity(around[:, : mixing.PURITY_NEIGHBORS], own, exact, seed),
-    }
-    measures |= _silhouettes(space, codes, n_labels)
-    return measures | _cluster_measures(space, codes, found if rows is None else None, resolution)
+    around, own = codes[indices_mj], codes
+    if rows is not None:
+        enough = max(space.max_cells // (2 * len(label.names)), 2)
+        more = space.more_of_each(label, rows, enough)
+        further = space.around(more, mixing.PURITY_NEIGHBORS).indices_nm
+        around, own = np.concatenate([around, codes[further]]), codes[np.concatenate([rows, more])]
+    return mixing.knn_purity(around, own, space.exact, space.seed, np.bincount(codes))
 
 
-def _silhouettes(space: _Space, codes: np.ndarray, n_labels: int) -> dict[str, Measure]:
+def _silhouettes(space: Space, codes: np.ndarray, n_labels: int) -> dict[str, Measure]:
     if n_labels > len(codes) - 1:
         reason = f"every cell has its own label ({n_labels} labels, {len(codes)} cells)"
         return {"silhouette": undefined(reason), "asw_label": undefined(reason)}
-    rows = None if space.exact else space.sample(SAMPLED_SILHOUETTES)
-    values = silhouette.silhouette_samples(space.latent_nk, codes, rows, threads=space.threads)
-    mean = mean_of(values, space.exact, space.seed)
+    if space.exact:
+        mean = mean_of(silhouette.silhouette_samples(space.latent_nk, codes, threads=space.threads), True)
+    else:
+        n_rows = int(SILHOUETTES * space.max_cells)
+        means_r = silhouette.sampled_label_silhouettes(
+            space.latent_nk,
+            codes,
+            n_rows=n_rows,
+            n_references=space.max_cells,
+            repeats=SILHOUETTE_REPEATS,
+            seed=space.seed,
+            threads=space.threads,
+        )
+        mean = mean_of_samples(means_r, n_rows, space.seed)
     return {"silhouette": mean, "asw_label": scaled(mean, -1, 1)}
 
 
-def _asw_batch(space: _Space, batch: Labels | None, codes: np.ndarray) -> Measure:
+def _asw_batch(space: Space, batch: Labels | None, codes: np.ndarray) -> Measure:
     if batch is None:
         return undefined("no batches given")
-    scores, owners = silhouette.batch_silhouettes(
+    nothing = undefined("no label has cells in two batches")
+    if space.exact:
+        scores, owners = silhouette.batch_silhouettes(
+            space.latent_nk, codes, batch.codes_n, threads=space.threads
+        )
+        owners = np.unique(owners, return_inverse=True)[1]
+        return mean_of_means(scores, owners, True, None, np.bincount(owners)) if len(scores) else nothing
+    means_r, n = silhouette.sampled_batch_silhouettes(
         space.latent_nk,
         codes,
         batch.codes_n,
-        max_rows=None if space.exact else SAMPLED_PER_LABEL,
-        rng=np.random.default_rng(space.seed),
+        n_rows=int(SILHOUETTES * space.max_cells),
+        n_references=space.max_cells,
+        repeats=SILHOUETTE_REPEATS,
+        seed=space.seed,
         threads=space.threads,
     )
-    if not len(scores):
-        return undefined("no label has cells in two batches")
-    return mean_of_means(scores, owners, space.exact, space.seed)
+    return mean_of_samples(means_r, n, space.seed) if len(means_r) else nothing
 
 
 def _cluster_measures(
-    space: _Space, codes: np.ndarray, found: Neighbors | None, resolution: float | str
+    space: Space, codes: np.ndarray, found: Neighbors | None, resolution: float | str
 ) -> dict[str, Measure]:
-    """NMI, ARI and graph connectivity of all cells, or their mean over samples of cells."""
-    others = clusters.GRAPH_NEIGHBORS - 1
-    if found is not None:
+    """NMI, ARI and graph connectivity of all cells, or their mean over sketches of cells."""
+    others, size = clusters.GRAPH_NEIGHBORS - 1, CLUSTERED * space.max_cells
+    if space.n <= size:
+        found = space.around(None, others) if found is None else found
         one = _clustering(found.first(others), codes, resolution, space.seed)
         extra = {"resolution": one["resolution"], "n_clusters": int(one["n_clusters"])}
         connectivity = Measure(one["graph_connectivity"], n=len(codes))
         return {"graph_connectivity": connectivity} | {
             name: Measure(one[name], n=len(codes), seed=space.seed, extra=extra) for name in ("nmi", "ari")
         }
-    size = min(max(space.max_cells // 4, 1000), len(codes))
     rng = np.random.default_rng(space.seed)
-    runs = []
-    for _ in range(CLUSTERED_SAMPLES):
-        rows = np.sort(rng.choice(len(codes), size, replace=False))
-        part = space.take(rows)
+    runs: list[dict[str, float]] = []
+    for _ in range(SKETCHES):
+        rows = np.sort(rng.choice(space.n, size, replace=False))
+        part = replace(space, latent_nk=np.asarray(space.latent_nk[rows]), exact=True)
         runs.append(_clustering(part.around(None, others), codes[rows], resolution, space.seed))
+        resolution = runs[0]["resolution"]
 
-    def over(name: str) -> Measure:
-        return mean_of_samples(np.array([run[name] for run in runs]), size, space.seed, samples=len(runs))
+    def over(name: str, **extra: Any) -> Measure:
+        values = np.array([run[name] for run in runs])
+        return mean_of_samples(values, size, space.seed, samples=len(runs), **extra)
 
-    return {name: over(name) for name in ("graph_connectivity", "nmi", "ari")}
+    return {"graph_connectivity": over("graph_connectivity")} | {
+        name: over(name, resolution=resolution) for name in ("nmi", "ari")
+    }
 
 
 def _clustering(found: Neighbors, codes: np.ndarray, resolution: float | str, seed: int) -> dict[str, float]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from streamx.labels import crosstab
 from streamx.plots.agreement import confusion, match_clusters
 from streamx.plots.curves import history
-from streamx.plots.layout import umap
+from streamx.plots.layout import place, umap
 from streamx.plots.profiles import meta, meta2
 from streamx.plots.sankey import sankey
 from streamx.plots.scatter import embedding
@@ -24,6 +24,7 @@ __all__ = [
     "match_clusters",
     "meta",
     "meta2",
+    "place",
     "plot_confusion",
     "plot_meta",
     "plot_meta2",

@@ -1,23 +1,27 @@
-"""UMAP of any number of cells: fitted on a sketch, the rest placed from their neighbours."""
+"""UMAP of any number of cells: fitted on a sketch, the rest, and cells that come later, placed by it."""
 
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import numpy as np
 
 from streamx.errors import BadValuesError
 from streamx.metrics.clusters import fuzzy_graph
 from streamx.neighbors import build_index, nearest, reach_recall
+from streamx.neighbors.blocks import finite_rows
 
-SKETCH = 200_000
+SKETCH = 100_000
 PLACED_BY = 10  # neighbours in the sketch that place a further cell
+RARE = 10  # a stratum has at least a tenth of an equal share of the sketch, if it has so many cells
 ROWS = 50_000
 
 
 def umap(
     latent_nk: np.ndarray,
     *,
+    strata: Any = None,
     n_neighbors: int = 30,
     min_dist: float = 0.1,
     sketch: int = SKETCH,
@@ -30,36 +34,99 @@ def umap(
     Parameters
     ----------
     latent_nk
-        (n_cells, n_latent) float. Rows with NaN stay NaN.
+        (n_cells, n_latent) float. Rows with NaN stay NaN. May be memory-mapped.
+    strata
+        Codes, one per cell, such as of batch and label together: the sketch has cells of each.
     n_neighbors
         Counting the cell itself, as scanpy's.
     sketch
-        UMAP is fitted on at most so many cells, drawn by `seed`; every other cell is placed at the mean of
-        those of its 10 nearest cells of the sketch that lie together (:func:`_place`).
+        UMAP is fitted on at most so many cells (:func:`sketch_rows`); :func:`place` puts all others.
 
     Returns
     -------
     xy_n2
         float32.
     """
-    latent_nk = np.asarray(latent_nk)
+    latent_nk = np.asanyarray(latent_nk)
     if latent_nk.ndim != 2:
         raise BadValuesError(f"latents of shape {latent_nk.shape}, not (cells, dimensions)")
+    fitted = sketch_rows(latent_nk, sketch, strata, seed)
+    fitted_fk = np.asarray(latent_nk[fitted])
+    fitted_f2 = _fit(fitted_fk, n_neighbors, min_dist, seed, index, threads)
+    others = np.ones(len(latent_nk), dtype=bool)
+    others[fitted] = False
+    xy_n2 = place(latent_nk, fitted_fk, fitted_f2, only=others, seed=seed, index=index, threads=threads)
+    xy_n2[fitted] = fitted_f2
+    return xy_n2
+
+
+def sketch_rows(latent_nk: np.ndarray, size: int, strata: Any = None, seed: int = 0) -> np.ndarray:
+    """Sorted rows with a latent: all, or `size` of them, of each stratum by its share.
+
+    A stratum whose share is less than a tenth of an equal one gets that tenth (or all that it has), at the
+    cost of the others. The same seed draws the same cells.
+    """
+    rows = np.flatnonzero(finite_rows(latent_nk))
+    if len(rows) <= size:
+        return rows
+    codes = np.zeros(len(rows), dtype=np.int64)
+    if strata is not None:
+        codes = np.unique(np.asarray(strata)[rows], return_inverse=True)[1]
+    rows = rows[np.argsort(codes, kind="stable")]
+    count_s = np.bincount(codes)
+    floor_s = np.minimum(count_s, size // (RARE * len(count_s)))
+    room_s = count_s - floor_s
+    end_s = np.cumsum(room_s) * ((size - floor_s.sum()) / room_s.sum())  # rounded ends: shares that sum up
+    take_s = floor_s + np.diff(np.rint(end_s).astype(np.int64), prepend=0)
+    rng = np.random.default_rng(seed)
+    parts = np.split(rows, np.cumsum(count_s)[:-1])
+    drawn = [
+        rng.choice(part, min(take, len(part)), replace=False)
+        for part, take in zip(parts, take_s, strict=True)
+    ]
+    return np.sort(np.concatenate(drawn))
+
+
+def place(
+    latent_nk: np.ndarray,
+    fitted_fk: np.ndarray,
+    fitted_f2: np.ndarray,
+    *,
+    only: np.ndarray | None = None,
+    seed: int = 0,
+    index: str = "auto",
+    threads: int = 0,
+) -> np.ndarray:
+    """Coordinates of cells among those that a UMAP was fitted on, whose own stay as they are.
+
+    A cell goes to the mean of those of its 10 nearest fitted cells that lie together (:func:`_place`).
+
+    Parameters
+    ----------
+    latent_nk
+        (n_cells, n_latent) of the cells to place; rows with NaN get NaN.
+    fitted_fk, fitted_f2
+        Latents and coordinates of the cells that the UMAP was fitted on.
+    only
+        Mask of the cells to place; the others get NaN.
+
+    Returns
+    -------
+    xy_n2
+        float32.
+    """
     xy_n2 = np.full((len(latent_nk), 2), np.nan, dtype=np.float32)
-    rows = np.flatnonzero(np.isfinite(latent_nk).all(axis=1))
-    fitted = rows
-    if len(rows) > sketch:
-        fitted = np.sort(np.random.default_rng(seed).choice(rows, sketch, replace=False))
-    xy_n2[fitted] = _fit(latent_nk[fitted], n_neighbors, min_dist, seed, index, threads)
-    rest = np.setdiff1d(rows, fitted, assume_unique=True)
-    if not len(rest):
+    asked = finite_rows(latent_nk)
+    rows = np.flatnonzero(asked if only is None else asked & only)
+    if not len(rows) or not len(fitted_fk):
         return xy_n2
-    searcher = build_index(latent_nk[fitted], len(rest), method=index, seed=seed, threads=threads)
-    reach_recall(searcher, latent_nk[rest], PLACED_BY, seed=seed)
-    for start in range(0, len(rest), ROWS):
-        some = rest[start : start + ROWS]
+    searcher = build_index(fitted_fk, len(rows), method=index, seed=seed, threads=threads)
+    tested = np.sort(np.random.default_rng(seed).choice(rows, min(ROWS, len(rows)), replace=False))
+    reach_recall(searcher, latent_nk[tested], PLACED_BY, seed=seed)
+    for start in range(0, len(rows), ROWS):
+        some = rows[start : start + ROWS]
         near, distances = searcher.search(latent_nk[some], PLACED_BY)
-        xy_n2[some] = _place(xy_n2[fitted][near], distances)
+        xy_n2[some] = _place(fitted_f2[near], distances)
     return xy_n2
 
 

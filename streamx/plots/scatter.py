@@ -13,6 +13,7 @@ from streamx.config import UNLABELED
 from streamx.errors import UsageError
 from streamx.labels import Labels, encode_labels
 from streamx.plots import style
+from streamx.plots.density import Canvas
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,6 +62,8 @@ def embedding(
     size
         Area of a dot, at most 120,000 / cells of the group, in points^2 of a panel 5 inches wide (dots shrink
         with the panel). Every panel has its own; in SCALEX, dots that shrank in one stay small in the next.
+        More than 200,000 cells are an image instead: a pixel has the mean colour of its cells, and is the
+        paler the fewer they are.
     show
         Open a window, unless saved or without a screen.
 
@@ -207,23 +210,64 @@ def _scatter(axes: Axes, xy_n2: np.ndarray, inside: np.ndarray, paint: _Paint, l
     axes.set_box_aspect(1)
     axes.set_xlabel(f"{look.axis}1")
     axes.set_ylabel(f"{look.axis}2")
-    raster = placed.sum() > style.RASTERIZE_ABOVE
+    behind, blank = np.flatnonzero(placed & ~inside), np.flatnonzero(placed & inside & ~known)
+    cells = np.flatnonzero(placed & inside & known)
+    draw = _dots if placed.sum() <= style.DENSE_ABOVE else _density
+    drawn = draw(axes, xy_n2, (behind, blank, cells), paint, look)
+    if paint.labels is not None and look.legend == "on data":
+        _names_on_data(axes, xy_n2, cells, paint.labels, look)
+    return drawn
+
+
+Layers = tuple[
+    np.ndarray, np.ndarray, np.ndarray
+]  # cells outside the group, without a colour, and the others
+
+
+def _density(axes: Axes, xy_n2: np.ndarray, layers: Layers, paint: _Paint, look: _Look) -> Any:
+    """The layers as one image; with numbers, what a colour bar needs."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    behind, blank, cells = layers
+    canvas = Canvas(xy_n2, np.concatenate(layers))
+    canvas.lay_plain(behind, style.BACKGROUND)
+    canvas.lay_plain(blank, style.NO_COLOR)
+    drawn = None
+    if paint.values is not None:
+        canvas.lay_values(cells, paint.values[cells], paint.scale, paint.limits)
+        drawn = ScalarMappable(Normalize(*paint.limits), paint.scale) if len(cells) else None
+    else:
+        assert paint.labels is not None
+        names = paint.labels.names  # those without a label come last, and below
+        first = len([name for name in names if name not in UNLABELED])
+        colors = [paint.colors[name] for name in names]
+        codes = paint.labels.codes_n[cells]
+        lower = codes >= first
+        canvas.lay_categories(cells[lower], codes[lower] - first, colors[first:])
+        canvas.lay_categories(cells[~lower], codes[~lower], colors[:first])
+    axes.imshow(
+        canvas.picture(), extent=canvas.extent, origin="lower", interpolation="nearest", aspect="auto"
+    )
+    return drawn
+
+
+def _dots(axes: Axes, xy_n2: np.ndarray, layers: Layers, paint: _Paint, look: _Look) -> Any:
+    behind, blank, cells = layers
+    raster = sum(map(len, layers)) > style.RASTERIZE_ABOVE
     shared: dict[str, Any] = {"linewidths": 0, "rasterized": bool(raster)}
 
     def dots(cells: np.ndarray, size: float, **colors: Any) -> Any:
         area = size * (PANEL / 5) ** 2
         return axes.scatter(xy_n2[cells, 0], xy_n2[cells, 1], s=area, **colors, **shared)
 
-    behind = np.flatnonzero(placed & ~inside)
     if len(behind):
         dots(behind, min(look.size, 120_000 / len(behind)), color=style.BACKGROUND)
-    cells = np.flatnonzero(placed & inside)
-    size = min(look.size, 120_000 / max(len(cells), 1))
-    blank = cells[~known[cells]]
+    size = min(look.size, 120_000 / max(len(blank) + len(cells), 1))
     if len(blank):
         dots(blank, size, color=style.NO_COLOR)
     # drawn in random order, or the last category would hide the others; those without a label first
-    cells = np.random.default_rng(0).permutation(cells[known[cells]])
+    cells = np.random.default_rng(0).permutation(cells)
     if paint.labels is not None:
         no_label = np.array([name in UNLABELED for name in paint.labels.names])
         cells = cells[np.argsort(~no_label[paint.labels.codes_n[cells]], kind="stable")]
@@ -235,8 +279,6 @@ def _scatter(axes: Axes, xy_n2: np.ndarray, inside: np.ndarray, paint: _Paint, l
     assert paint.labels is not None
     colors = np.array([*(paint.colors[name] for name in paint.labels.names), style.NO_COLOR], dtype=object)
     dots(cells, size, color=list(colors[paint.labels.codes_n[cells]]))
-    if look.legend == "on data":
-        _names_on_data(axes, xy_n2, cells, paint.labels, look)
     return None
 
 

@@ -36,6 +36,7 @@ BASE_COLORS = (
 BACKGROUND = "#E4E4E4"  # cells outside the group
 NO_COLOR = "#9A9A9A"  # cells without a label, categories without a colour
 RASTERIZE_ABOVE = 5_000  # points, in PDF and SVG
+DENSE_ABOVE = 200_000  # points: an image of their density instead of dots
 DPI = 200
 RC: Any = {
     "font.size": 9,

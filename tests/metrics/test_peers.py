@@ -28,6 +28,11 @@ def test_scib_metrics(space):
     graph = NeighborsResults(indices=indices, distances=distances)
     assert ours["ilisi"] == pytest.approx(scib.ilisi_knn(graph, batches), abs=1e-4)
     assert ours["clisi"] == pytest.approx(scib.clisi_knn(graph, labels), abs=1e-4)
+    expected = scib.kbet(graph.subset_neighbors(50), np.unique(batches, return_inverse=True)[1])
+    kbet = ours.measures["kbet"]
+    assert kbet.value == pytest.approx(expected[0], abs=1e-12)
+    assert kbet.extra["mean_statistic"] == pytest.approx(np.mean(expected[1]), rel=1e-5)
+    assert kbet.extra["mean_p_value"] == pytest.approx(np.mean(expected[2]), abs=1e-5)
     few = graph.subset_neighbors(15)
     assert ours["graph_connectivity"] == pytest.approx(scib.graph_connectivity(few, labels), abs=1e-12)
     assert ours["asw_label"] == pytest.approx(scib.silhouette_label(latent, labels), abs=1e-5)

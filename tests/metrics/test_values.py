@@ -8,7 +8,7 @@ import igraph
 import numpy as np
 import pandas as pd
 import pytest
-from scipy.stats import entropy
+from scipy.stats import binom, chi2, chisquare, entropy
 from sklearn import metrics as sk
 
 from streamx.errors import BadValuesError, BatchError, UsageError
@@ -114,6 +114,75 @@ def test_asw_as_scarches_defines_it(space):
         for label in np.unique(labels)
     ]
     assert scores["asw_batch"] == pytest.approx(np.mean(per_label), abs=1e-8)
+
+
+def test_kbet_of_one_and_of_two_worlds():
+    """Mixed: 1 + a binomial number of 49 others lies between the limits of the chi-squared test."""
+    rng = np.random.default_rng(0)
+    latent, codes, share_b = rng.normal(size=(2000, 5)), np.repeat([0, 1], [800, 1200]), np.array([0.4, 0.6])
+    limit = np.sqrt(chi2.isf(0.05, 1) * 50 * 0.4 * 0.6)
+    inside = [
+        binom.cdf(np.floor(50 * p + limit) - 1, 49, p) - binom.cdf(np.ceil(50 * p - limit) - 2, 49, p)
+        for p in share_b
+    ]
+    around = nearest(latent, n_neighbors=49).indices_nm
+    found = []
+    for _ in range(60):
+        rng.shuffle(codes)
+        found.append(mixing.kbet(codes[around], codes, share_b, True, 0))
+    assert np.mean([one.value for one in found]) == pytest.approx(inside @ share_b, abs=0.01)
+    assert inside @ share_b == pytest.approx(0.95, abs=0.01)
+    assert np.mean([one.extra["mean_p_value"] for one in found]) == pytest.approx(0.5, abs=0.03)
+    batches = np.repeat(["a", "b"], 1000)
+    latent[:1000] += 100
+    assert score_latent(latent, batches)["kbet"] == 0
+    apart = score_latent(latent, batches, max_cells=500).measures["kbet"]
+    assert apart.value == 0
+    assert 0 < apart.ci95[1] < 0.01  # no hit of 500 doesn't mean that there is none
+
+
+def test_batch_tests_written_out():
+    codes = np.array([[0, 0, 1, 1, 1], [0, 0, 0, 0, 0]])
+    statistics, p_values = mixing.batch_tests(codes, np.array([0.6, 0.4]))
+    expected = [chisquare(np.bincount(row, minlength=2), [3, 2]) for row in codes]
+    np.testing.assert_allclose(statistics, [test.statistic for test in expected])
+    np.testing.assert_allclose(p_values, [test.pvalue for test in expected])
+
+
+def test_sampled_silhouettes_of_all_cells_are_exact(space):
+    latent, batches, labels = space
+    codes, batch = (np.unique(values, return_inverse=True)[1] for values in (labels, batches))
+    codes = codes.copy()
+    codes[17] = 2  # a label with one cell
+    sizes = {"n_rows": 600, "n_references": 10**6, "repeats": 3}
+    exact = silhouette.silhouette_samples(latent, codes)
+    means = silhouette.sampled_label_silhouettes(latent, codes, **sizes)
+    assert means.mean() == pytest.approx(exact.mean(), abs=1e-12)
+    scores, owners = silhouette.batch_silhouettes(latent, codes, batch)
+    per_label = [scores[owners == label].mean() for label in np.unique(owners)]
+    means, _ = silhouette.sampled_batch_silhouettes(latent, codes, batch, **{**sizes, "n_rows": 10**6})
+    np.testing.assert_allclose(means, np.mean(per_label), atol=1e-12)
+
+
+def test_moments_take_most_of_the_noise_out_of_sampled_silhouettes():
+    rng = np.random.default_rng(0)
+    codes = rng.integers(3, size=3000)
+    latent = rng.normal(size=(3000, 10)) + 2 * np.eye(3, 10)[codes]
+    rows = np.arange(0, 3000, 10)
+    exact = silhouette.silhouette_samples(latent, codes, rows)
+    groups = silhouette.group_cells(latent, codes)
+    ours, plain = [], []
+    for seed in range(5):
+        draw = np.random.default_rng(seed)
+        found = silhouette.sampled_silhouettes(
+            latent, groups, np.arange(3), rows, codes[rows], per_group=100, rng=draw
+        )
+        ours.append(found - exact)
+        some = np.sort(np.concatenate([rows, draw.choice(np.setdiff1d(np.arange(3000), rows), 300, False)]))
+        found = silhouette.silhouette_samples(latent[some], codes[some], np.searchsorted(some, rows))
+        plain.append(found - exact)
+    assert np.std(ours) < np.std(plain) / 2  # though the plain one has twice as many references
+    assert abs(np.mean(ours)) < 1e-3
 
 
 def test_graph_connectivity_written_out():
