@@ -172,7 +172,7 @@ def _voted(transfer: Mapping[str, Any]) -> dict[str, Any]:
 def _query(cells: Cells, known: Query, key: str | None, truth_key: str | None) -> Query:
     """The facts of a query that was mapped."""
     uns = _uns(cells)
-    passed = np.isfinite(cells.latent_nk).all(axis=1)
+    passed = np.isfinite(cells.latents[:]).all(axis=1)
     fingerprint = json.loads(uns.get("fingerprint", "{}"))
     batch_key = uns.get("batch_key")
     batches = {} if batch_key not in cells.columns else _counts(encode_labels(cells.column(batch_key), ()))
@@ -242,7 +242,8 @@ def _labelling(predicted: Labels, uncertainty_n: np.ndarray) -> Labelling:
 
 def _sketch(cells: Cells, origin: int, column: str | None, most: int, rng: np.random.Generator) -> Sketch:
     """At most so many cells with a latent, drawn at random."""
-    rows = np.flatnonzero(np.isfinite(cells.latent_nk).all(axis=1))
+    latent_nk = cells.latents[:]
+    rows = np.flatnonzero(np.isfinite(latent_nk).all(axis=1))
     if len(rows) > most:
         rows = np.sort(rng.choice(rows, most, replace=False))
     labels = np.full(len(rows), NO_LABEL, dtype=object)
@@ -251,7 +252,7 @@ def _sketch(cells: Cells, origin: int, column: str | None, most: int, rng: np.ra
     uncertainty = np.full(len(rows), np.nan)
     if column is not None and origin >= 0 and f"{column.removesuffix('_pred')}_uncertainty" in cells.columns:
         uncertainty = cells.column(f"{column.removesuffix('_pred')}_uncertainty").to_numpy(dtype=float)[rows]
-    return Sketch(np.asarray(cells.latent_nk[rows]), np.full(len(rows), origin), labels, uncertainty)
+    return Sketch(latent_nk[rows], np.full(len(rows), origin), labels, uncertainty)
 
 
 def _uns(cells: Cells) -> dict[str, Any]:

@@ -110,7 +110,9 @@ def _overview(facts: Facts, color: Mapping[str, str], overview: Sequence[Picture
         return ""
     figures = "".join(figure(picture) for picture in overview)
     n = len(facts.sketch.origin_n)
-    drawn = f'<p class="soft">UMAP of {n:,} cells, drawn at random where there are more.</p>'
+    n_own = int((facts.sketch.origin_n < 0).sum())
+    drawn = f"UMAP of {n_own:,} cells of the reference, {n - n_own:,} of the queries placed into it;"
+    drawn = f'<p class="soft">{drawn} drawn at random where there are more.</p>'
     return f'<h2>Where the cells lie</h2><div class="pictures">{figures}</div>{_legend(facts, color)}{drawn}'
 
 

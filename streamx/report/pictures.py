@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from streamx.plots import embedding, style, umap
+from streamx.plots import embedding, place, style, umap
 from streamx.plots.sankey import CURVE, lay_out
 from streamx.report.facts import BINS, Sketch
 from streamx.report.text import escape, shortened
@@ -41,8 +41,13 @@ class Picture:
 
 
 def lay_out_cells(sketch: Sketch, *, seed: int = 0, threads: int = 0) -> np.ndarray:
-    """UMAP of the cells to draw, float32 (n_cells, 2)."""
-    return umap(sketch.latent_nk, seed=seed, threads=threads)
+    """Where the cells to draw lie, float32 (n_cells, 2): the reference's UMAP, and queries placed into it."""
+    reference = sketch.origin_n < 0
+    own_fk = sketch.latent_nk[reference]
+    own_f2 = umap(own_fk, seed=seed, threads=threads)
+    xy_n2 = place(sketch.latent_nk, own_fk, own_f2, only=~reference, seed=seed, threads=threads)
+    xy_n2[reference] = own_f2
+    return xy_n2
 
 
 def label_colors(names: set[str]) -> dict[str, str]:
@@ -120,7 +125,7 @@ def sankey_svg(counts: pd.DataFrame, color: Mapping[str, str]) -> str:
         what = f"{escape(left)} → {escape(right)}: {band.count:,} cells"
         path = f"M{BAR} {low:.1f}{_curve(low, to, 1)}V{to + thick:.1f}{_curve(to + thick, low + thick, -1)}Z"
         parts.append(f'<path d="{path}" fill="{fill}" class="band"><title>{what}</title></path>')
-    for bars, x, place, anchor in (
+    for bars, x, text_x, anchor in (
         (flow.left, 0, BAR + 5, "start"),
         (flow.right, WIDTH - BAR, WIDTH - BAR - 5, "end"),
     ):
@@ -129,7 +134,7 @@ def sankey_svg(counts: pd.DataFrame, color: Mapping[str, str]) -> str:
             fill = color.get(bar.name, style.NO_COLOR)
             parts.append(
                 f'<rect x="{x}" y="{y:.1f}" width="{BAR}" height="{max(tall, 0.5):.1f}" fill="{fill}"/>'
-                f'<text x="{place}" y="{y + tall / 2 + 4:.1f}" text-anchor="{anchor}">'
+                f'<text x="{text_x}" y="{y + tall / 2 + 4:.1f}" text-anchor="{anchor}">'
                 f"<tspan>{escape(shortened(bar.name, 24))}</tspan> {bar.count:,}</text>"
             )
     return (

@@ -18,6 +18,7 @@ from streamx.errors import UsageError
 from streamx.mapping import read_cells
 from streamx.report import pictures, run
 from streamx.report.collect import collect, without_secrets
+from streamx.report.facts import Sketch
 from streamx.report.text import escape
 from streamx.store.amend import amend
 
@@ -191,6 +192,17 @@ def test_folder_that_project_wrote(job):
         made(job, "plain", model=job / "model", label_key="type")
     with pytest.raises(UsageError, match=r"end the name in \.html"):
         sx.report(plain, job / "page.pdf")
+
+
+def test_queries_change_nothing_of_the_reference(job):
+    facts = collect(job / "out", ReportConfig(), progress=False)
+    reference = facts.sketch.origin_n < 0
+    whole = pictures.lay_out_cells(facts.sketch)
+    alone = pictures.lay_out_cells(
+        Sketch(*(getattr(facts.sketch, name)[reference] for name in Sketch.__dataclass_fields__))
+    )
+    np.testing.assert_array_equal(whole[reference], alone)
+    assert np.isfinite(whole).all()
 
 
 def test_query_that_is_not_mapped_yet(job):
