@@ -31,6 +31,9 @@ _PUBLIC: dict[str, str] = {
     "TOTALVI": "streamx.arches.totalvi:TOTALVI",
     "TRVAE": "streamx.arches.trvae:TRVAE",
     "setup_anndata": "streamx.arches.keys:setup_anndata",
+    "publish": "streamx.share.publish:publish",
+    "fetch": "streamx.share.fetch:fetch",
+    "zenodo": "streamx.share.zenodo",
     "pl": "streamx.plots",
 }
 

@@ -51,6 +51,7 @@ ROOMS: dict[str, set[str]] = {
     "arches": DATA | {"models", "posterior", "train", "query", "project", "surgery"},
     "verify": CORE | {"store", "train", "mapping"},
     "integrate": DATA | {"models", "train", "interop", "project", "mapping", "neighbors", "metrics", "plots"},
+    "share": CORE | {"store", "train", "interop", "verify"},
     "demo": {"demo"},
     "__main__": {"cli"},
     "cli": DATA
@@ -65,6 +66,7 @@ ROOMS: dict[str, set[str]] = {
         "verify",
         "figures",
         "plots",
+        "share",
         "demo",
     }
     | {"simulate"},

@@ -12,7 +12,8 @@ from streamx.errors import SettingsChangedError
 from streamx.store.latents import write_latents
 from streamx.store.location import Location, Put
 from streamx.train.build import n_latent_of
-from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, read_card, save_weights, seal
+from streamx.train.card import write_card
+from streamx.train.model import FORMAT, WEIGHTS, Model, read_card, save_weights
 
 
 def begin(source: Location, out: Location, model: Model) -> None:
@@ -40,7 +41,7 @@ def begin(source: Location, out: Location, model: Model) -> None:
     for name in ["reference.zarr", *model.card.get("added", [])]:
         copy_tree(source.below(name), out.below(name))
     fresh = {"earlier": [], "added": [], "surgery": [], "weights": WEIGHTS}
-    out.write(CARD, seal(fresh | model.card | {"origin": model.id}))
+    write_card(out, fresh | model.card | {"origin": model.id})
 
 
 def _adopt(out: Location, model: Model) -> None:
@@ -72,7 +73,7 @@ def _adopt(out: Location, model: Model) -> None:
         "surgery": [],
         "weights": WEIGHTS,
     }
-    out.write(CARD, seal(card))
+    write_card(out, card)
 
 
 def copy_tree(source: Location, target: Location) -> None:

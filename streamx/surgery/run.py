@@ -47,11 +47,12 @@ from streamx.surgery.arrivals import arrivals
 from streamx.surgery.begin import begin, copy_tree
 from streamx.surgery.cells import PLACE, lay_query, merge_cells, rows_of
 from streamx.train.build import TAKES_ROWS
+from streamx.train.card import write_card
 from streamx.train.cells import columns_of
 from streamx.train.counts import latents
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
-from streamx.train.model import CARD, Model, load_model, save_weights, seal
+from streamx.train.model import Model, load_model, save_weights
 from streamx.train.surgery import learn_batch, measured_in, narrowed
 from streamx.train.task import Run
 
@@ -356,7 +357,7 @@ def _commit(
         "surgery": [*card["surgery"], entry | {"report": report}],
     }
     out.sync()
-    out.write(CARD, seal(card))
+    write_card(out, card)
     if key != old:
         out.delete(old)
     for name in set(model.card["added"]) - set(names):

@@ -22,6 +22,8 @@ CONFIGS = {
     "surgery": (config.SurgeryConfig,),
     "transfer": (config.TransferConfig,),
     "metrics": (config.MetricsConfig,),
+    "publish": (config.PublishConfig,),
+    "fetch": (config.FetchConfig,),
 }
 POSITIONALS = {
     "convert": "a.h5ad -o store",
@@ -31,6 +33,8 @@ POSITIONALS = {
     "surgery": "model a.h5ad -o out",
     "transfer": "model out",
     "metrics": "model out",
+    "publish": "model",
+    "fetch": "10.5281/zenodo.1 -o model",
 }
 
 
