@@ -24,7 +24,8 @@ def run(args: argparse.Namespace) -> Result:
 VERB = Verb(
     name="publish",
     help="put a model on Zenodo with its card, checksums and a DOI; an interrupted upload goes on",
-    example='  export ZENODO_SANDBOX_TOKEN=...\n  streamx publish model --sandbox --creator "Doe, Jane"',
+    example='  streamx publish model --sandbox --creator "Doe, Jane"\n'
+    '  streamx publish model --creator "Doe, Jane" "Roe, Richard" --title "Lung atlas, scANVI"',
     add_arguments=add_arguments,
     run=run,
 )

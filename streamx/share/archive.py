@@ -87,7 +87,7 @@ def safe_name(name: str) -> str | None:
     Raises
     ------
     BadFileError
-        If it leads elsewhere, on any system: absolute, with ``..``, a drive, a backslash, a control character.
+        If it leads elsewhere, on any system: absolute, with ``..``, a drive, a backslash, control characters.
     """
     path = PurePosixPath(name)
     bad = (

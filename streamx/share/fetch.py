@@ -67,7 +67,7 @@ def parse_source(source: str, base_url: str | None = None, *, sandbox: bool = Fa
     raise UsageError(
         "is no DOI of Zenodo and no address",
         where=source,
-        fix="give 10.5281/zenodo.NUMBER, https://zenodo.org/records/NUMBER, or the https address of an archive",
+        fix="10.5281/zenodo.NUMBER, https://zenodo.org/records/NUMBER, or the address of a zip file",
     )
 
 
@@ -113,13 +113,15 @@ def fetch(
         raise UsageError("fetch writes to a folder", where=str(output), fix="a folder on this machine")
     target = Path(output).expanduser().absolute()
     wanted = parse_source(source, base_url, sandbox=config.sandbox)
-    patience = {"timeout": config.timeout, "retry_seconds": config.retry_seconds}
+    patience: dict[str, Any] = {"timeout": config.timeout, "retry_seconds": config.retry_seconds}
     service = Service(wanted.base_url, **patience)
     if wanted.base_url:  # nobody else gets a token
         service = service_of(
             None, wanted.base_url, token_file=config.token_file, needs_token=False, **patience
         )
-    file = {"key": None, "url": wanted.url} if wanted.url else _file_of(service, wanted, config)
+    file: dict[str, Any] = (
+        {"key": None, "url": wanted.url} if wanted.url else _file_of(service, wanted, config)
+    )
     origin = {"source": _cited(source), "file": file["key"], "checksum": file.get("checksum")}
     if target.exists():
         return _found(target, origin)
@@ -127,9 +129,9 @@ def fetch(
     _claim(work, origin)
     archive, folder = work / "archive.zip", work / "files"
     if not archive.exists():
-        described = {"size": file.get("size"), "checksum": file.get("checksum")}
-        get_file(service, file["url"], archive, **described, progress=progress)
-    size = archive.stat().st_size
+        size, checksum = file.get("size"), file.get("checksum")
+        get_file(service, file["url"], archive, size=size, checksum=checksum, progress=progress)
+    n_bytes = archive.stat().st_size
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
@@ -141,7 +143,7 @@ def fetch(
     (root / ORIGIN).write_bytes(dump(origin))
     os.replace(root, target)
     shutil.rmtree(work)
-    return {"path": str(target), "model": kind, **origin, "bytes": size, "status": "fetched"}
+    return {"path": str(target), "model": kind, **origin, "bytes": n_bytes, "status": "fetched"}
 
 
 def _claim(work: Path, origin: dict[str, Any]) -> None:
@@ -154,8 +156,8 @@ def _claim(work: Path, origin: dict[str, Any]) -> None:
 
 
 def _cited(source: str) -> str:
-    """The source as it may be kept: an address without its query, where some put secrets."""
-    return source.strip().partition("?")[0]
+    """The source as it may be kept: an address without query and user, where some put secrets."""
+    return re.sub(r"//[^/]*@", "//", source.strip().partition("?")[0])
 
 
 def _found(target: Path, origin: dict[str, Any]) -> dict[str, Any]:
@@ -173,7 +175,7 @@ def _found(target: Path, origin: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_of(service: Service, wanted: Wanted, config: FetchConfig) -> dict[str, Any]:
-    """The archive among a record's files: the one that is named, else streamx' own, else the only zip file."""
+    """The archive among a record's files: the one that is named, else streamx' own, else the only zip."""
     where = f"{service.url}/records/{wanted.record}"
     record = ask(service, "GET", f"/records/{wanted.record}") or {}
     found = {}

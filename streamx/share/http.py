@@ -160,7 +160,7 @@ def _opened(
             asked = _asked_pause(error)
             failure = _named(error, service, method, url)
         finally:
-            if hasattr(data, "close"):
+            if data is not None and not isinstance(data, bytes):
                 data.close()
         rest = max(wait, asked)
         if not again or spent + rest > service.retry_seconds or pause(rest):

@@ -1,10 +1,10 @@
 """Depositions and files on Zenodo, with the names and arguments of ``scarches.zenodo`` (documented Dec 2020).
 
 Where they differ from scArches': the token travels in a header and may come from the environment
-(``ZENODO_TOKEN``; for the sandbox ``ZENODO_SANDBOX_TOKEN``); errors are named; ``base_url`` chooses the service
-(:data:`ZENODO`, :data:`SANDBOX`); files go to the deposition's bucket in pieces (the documented way holds them
-in memory, and ends at 100 MB); ``publish_deposition`` returns the link that its documentation promises;
-``get_all_deposition_ids`` reads all pages; ``delete_deposition`` knows an answer without a body;
+(``ZENODO_TOKEN``; for the sandbox ``ZENODO_SANDBOX_TOKEN``); errors are named; ``base_url`` chooses the
+service (:data:`ZENODO`, :data:`SANDBOX`); files go to the deposition's bucket in pieces (the documented way
+holds them in memory, and ends at 100 MB); ``publish_deposition`` returns the link that its documentation
+promises; ``get_all_deposition_ids`` reads all pages; ``delete_deposition`` knows an answer without a body;
 ``download_file`` makes folders when told to and checks what it got; archives are unpacked with suspicion.
 """
 
@@ -204,8 +204,8 @@ def download_model(
 ) -> str:
     """Get a model's archive and unpack it; the folder that holds the model.
 
-    Its files go into `save_path`, where none may be in their way. Nothing is run; load it with :func:`SCVI.load`
-    and the like. :func:`streamx.fetch` does the same for a whole record, and verifies the model.
+    Its files go into `save_path`, where none may be in their way. Nothing is run; load it with ``SCVI.load``
+    and the like. :func:`streamx.fetch` takes the number of a record, and verifies the model.
 
     Raises
     ------

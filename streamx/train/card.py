@@ -1,7 +1,7 @@
 """The model's card for people: ``README.md`` beside ``model.json``, rendered from it and nothing else.
 
-It holds no time and no path, so a run that was killed and went on ends with the same bytes. Names from the data
-(batches, labels) are text, whatever they hold: marks of Markdown and HTML are escaped.
+It holds no time and no path, so a run that was killed and went on ends with the same bytes. Names from the
+data (batches, labels) are text, whatever they hold: marks of Markdown and HTML are escaped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def data_of(view: Collection, label_key: str | None) -> dict[str, Any]:
     Returns
     -------
     ``n_cells, n_genes, batches`` (name -> cells), ``labels`` (name -> cells; without a label key there are
-    none), ``store`` (generation, and SHA-256 of the checksums of its parts; None where a store was trained on).
+    none), ``store`` (generation, and SHA-256 of its parts' checksums; None where a store was trained on).
     """
     counts = view.batch_sizes.tolist() if view.batches else []
     found: dict[str, Any] = {
@@ -71,9 +71,7 @@ def render(card: Mapping[str, Any]) -> str:
     """``model.json`` as Markdown."""
     data, training = card.get("data") or {}, card.get("training") or {}
     lines = [f"# {escaped(card['model'])} model", ""]
-    lines += [
-        "Written by streamx; `streamx info` shows this, `streamx project` and `streamx transfer` use the model."
-    ]
+    lines += ["Written by streamx. `streamx project` maps new cells with it, `streamx transfer` labels them."]
     lines += _section("Data", _facts(card, data))
     lines += _counts("Batches", card.get("batch_key"), data.get("batches", {}))
     lines += _counts("Labels", card.get("label_key"), data.get("labels", {}))

@@ -134,5 +134,5 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_contract_of_verbs() -> None:
     names = "convert info verify annotate preprocess train project surgery transfer metrics plot integrate"
-    names += " simulate demo"
+    names += " publish fetch simulate demo"
     assert [verb.name for verb in VERBS] == names.split()
