@@ -48,9 +48,12 @@ ROOMS: dict[str, set[str]] = {
     "figures": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
     "surgery": DATA | {"models", "train", "query", "project", "mapping"},
-    "arches": DATA | {"models", "posterior", "train", "query", "project", "surgery"},
+    "arches": DATA
+    | {"models", "posterior", "train", "query", "project", "surgery"}
+    | {"labels", "neighbors", "metrics", "plots"},
     "verify": CORE | {"store", "train", "mapping"},
-    "integrate": DATA | {"models", "train", "interop", "project", "mapping", "neighbors", "metrics", "plots"},
+    "integrate": DATA
+    | {"models", "train", "interop", "project", "mapping", "neighbors", "transfer", "metrics", "plots"},
     "share": CORE | {"store", "train", "interop", "verify"},
     "demo": {"demo"},
     "__main__": {"cli"},
