@@ -1,9 +1,9 @@
 """How well a model integrates its cells: ``SCVI_EVAL`` and ``TRVAE_EVAL``, as scArches' users call them.
 
 Differs from scArches' on purpose: there may be any number of types (its codes overflow above 127); cells
-without a type count in no score of types; silhouettes run on any pandas; ``TRVAE_EVAL`` works; clusters are Leiden's;
-nothing is printed, every method returns what scArches prints; what is random takes a ``seed``; of many cells
-silhouettes and clusters are sampled.
+without a type count in no score of types; silhouettes run on any pandas; ``TRVAE_EVAL`` works; clusters are
+Leiden's; nothing is printed, every method returns what scArches prints; what is random takes a ``seed``; of
+many cells silhouettes and clusters are sampled.
 """
 
 from __future__ import annotations
@@ -252,7 +252,9 @@ class TRVAE_EVAL(SCVI_EVAL):
 
 def _texts(column: pd.Series) -> np.ndarray:
     """Labels as text; None where there is none."""
-    return np.where(column.isna(), None, column.astype(str).astype(object))
+    texts = column.astype(str).to_numpy(dtype=object)
+    texts[column.isna().to_numpy()] = None
+    return texts
 
 
 def _path(save: bool, folder: str | Path | None, name: str) -> Path | None:

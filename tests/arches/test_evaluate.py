@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from arches_data import ARCHES, QUICK, cells
-from sklearn.metrics import silhouette_samples, silhouette_score
+from sklearn.metrics import f1_score, silhouette_samples, silhouette_score
 from sklearn.neighbors import NearestNeighbors
 
 import streamx as sx
@@ -42,6 +42,12 @@ def evaluation(kind: str, *data: Any, **more: Any) -> Any:
     return cls(trained(kind), *data, cell_type_key="type", **more)
 
 
+def neighbours(z_nk: np.ndarray) -> np.ndarray:
+    """The 50 nearest of each cell, without itself."""
+    found = NearestNeighbors(n_neighbors=51, algorithm="brute").fit(z_nk)
+    return found.kneighbors(z_nk, return_distance=False)[:, 1:]
+
+
 @pytest.mark.parametrize("kind", ["scvi", "scanvi", "totalvi", "trvae"])
 def test_sa19_scores_by_hand(kind: str) -> None:
     found = evaluation(kind)
@@ -49,15 +55,16 @@ def test_sa19_scores_by_hand(kind: str) -> None:
     z, batch, label = adata.X, adata.obs["batch"].to_numpy(), adata.obs["cell_type"].to_numpy()
     data = trained(kind).adata
     assert batch.tolist() == data.obs["study"].tolist()
-    assert label.tolist() == data.obs["type"].tolist()
-    near = (
-        NearestNeighbors(n_neighbors=51, algorithm="brute").fit(z).kneighbors(z, return_distance=False)[:, 1:]
-    )
+    assert [str(name) for name in label] == data.obs["type"].astype(str).tolist()
+    near = neighbours(z)
     share_n = (batch[near] == "a").mean(axis=1)
     p = np.clip(np.stack([share_n, 1 - share_n]), 1e-300, 1)
     assert found.get_ebm(n_pools=1) == pytest.approx(-(p * np.log2(p)).sum(0).mean(), abs=1e-6)
     assert found.get_ebm() == pytest.approx(found.get_ebm(n_pools=1), abs=0.03)
-    own = pd.Series((label[near] == label[:, None]).mean(axis=1)).groupby(label).mean().mean()
+    known = data.obs["type"].notna().to_numpy()
+    assert 0 < known.sum() < len(known)  # cells without a type are in no score of types
+    z, batch, label = z[known], batch[known], label[known].astype(str)
+    own = pd.Series((label[neighbours(z)] == label[:, None]).mean(axis=1)).groupby(label).mean().mean()
     assert found.get_knn_purity() == pytest.approx(own, abs=1e-6)
     assert found.get_latent_score() == pytest.approx(found.get_ebm() + own, abs=1e-6)
     of_batch, of_type = found.get_asw()
@@ -83,17 +90,17 @@ def test_sa19_latents(kind: str) -> None:
 def test_sa19_labels_of_scanvi() -> None:
     found = evaluation("scanvi")
     model = trained("scanvi")
-    labels, truth = model.predict(), model.adata.obs["type"].astype(str).to_numpy()
-    assert found.get_classification_accuracy() == pytest.approx((labels == truth).mean())
+    labels, types = model.predict(), model.adata.obs["type"]
+    known, truth = types.notna().to_numpy(), types.astype(str).to_numpy()
+    assert found.get_classification_accuracy() == pytest.approx((labels == truth)[known].mean())
     obs = found.latent_as_anndata().obs
     assert obs["predictions"].tolist() == labels.tolist()
     assert obs["certainty"].to_numpy() == pytest.approx(model.predict(soft=True).max(axis=1).to_numpy())
-    assert (obs["type_check"] == "Correct").tolist() == (labels == truth).tolist()
-    f1 = [
-        2 * ((labels == name) & (truth == name)).sum() / ((labels == name).sum() + (truth == name).sum())
-        for name in np.unique(truth)
-    ]
-    assert found.get_f1_score() == pytest.approx(np.mean(f1))
+    assert obs["type_check"].notna().tolist() == known.tolist()
+    assert (obs["type_check"][known] == "Correct").tolist() == (labels == truth)[known].tolist()
+    assert found.get_f1_score() == pytest.approx(
+        f1_score(truth[known], labels[known].astype(str), average="macro", labels=np.unique(truth[known]))
+    )
     other = evaluation("scvi")
     with pytest.warns(StreamxWarning, match="SCVI predicts no labels"):
         assert other.get_classification_accuracy() is None
