@@ -236,8 +236,8 @@ def test_sx26_command_line() -> None:
     line = (
         "scalex --data_list a.h5ad b.h5ad --batch_categories a b --join outer --batch_key batch "
         "--batch_name s --profile ATAC -t c.h5ad --min_features 100 --min_cells 3 --n_top_features 500 "
-        "--target_sum 1000 --processed -p before --impute a -o out --lr 1e-3 --batch_size 32 -g 1 --max_iteration 10 --seed 1 "
-        "--chunk_size 100 --ignore_umap --repeat --assess --eval"
+        "--target_sum 1000 --processed -p before --impute a -o out --lr 1e-3 --batch_size 32 -g 1 "
+        "--max_iteration 10 --seed 1 --chunk_size 100 --ignore_umap --repeat --assess --eval"
     )
     args = make_parser().parse_args(shlex.split(line))
     assert args.data_list == ["a.h5ad", "b.h5ad"]

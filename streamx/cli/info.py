@@ -56,10 +56,10 @@ def describe_model(location: Location) -> Result:
             "n_batches": len(card["batches"]),
             "batch_key": card["batch_key"],
             "norm": card["norm"],
-            **card["training"],
+            **card.get("training", {}),  # of a model that was trained on in Python: of several trainings
             "data": card.get("data", {}),  # models made before there was this part have none
             "surgery": [{"name": entry["name"]} | entry["report"] for entry in card.get("surgery", [])],
-            "settings": card["settings"],
+            "settings": card.get("settings", {}),
             "network": card["network"],
             "versions": card["versions"],
             "files": card["files"],

@@ -277,3 +277,20 @@ def test_cards_have_counts_of_labels_and_what_surgery_added(tmp_path: Path) -> N
         progress=False,
     )
     assert hashlib.sha256((tmp_path / "up" / "README.md").read_bytes()).hexdigest() == first
+
+
+def test_a_model_that_python_trained_on_is_shared_too(zenodo: Zenodo, tmp_path: Path) -> None:
+    """It is of several trainings: the card says what is known, and `SCVI.load` takes what was fetched."""
+    view = write_view(tmp_path / "view", [60, 40], expressed=0.2)
+    adata = view.to_anndata()
+    model = sx.SCVI(adata, n_hidden=8, n_latent=3, batch_key="batch")
+    for _ in range(2):
+        model.train(1, progress=False)
+    model.save(tmp_path / "model")
+    assert "# scvi model" in (tmp_path / "model" / "README.md").read_text()
+    assert invoke(["info", str(tmp_path / "model")])["model"] == "scvi"
+    published(tmp_path / "model", zenodo)
+    sx.fetch("100", tmp_path / "got", base_url=zenodo.api, **QUICK)
+    loaded = sx.SCVI.load(tmp_path / "got", adata)
+    want = model.get_latent_representation()
+    assert (loaded.get_latent_representation() == want).all()
