@@ -6,7 +6,6 @@ error text gets it.
 
 from __future__ import annotations
 
-import email.message
 import http.client
 import json
 import os
@@ -239,17 +238,23 @@ def ask(service: Service, method: str, url: str, value: Any = None) -> Any:
     body = None if value is None else json.dumps(value).encode()
     headers = {"Accept": "application/json"} | ({} if body is None else {"Content-Type": "application/json"})
     with send(service, method, url, body=None if body is None else lambda: body, headers=headers) as response:
-        try:
-            data = response.read()
-            return json.loads(data) if data.strip() else None
-        except ValueError as error:
-            what = "answered something that is no JSON"
-            raise InputError(what, where=f"{method} {redacted(url, service)}") from error
-        except OPEN_ERRORS as error:
-            raise _named(error, service, method, url) from None
+        return parsed(response, service, f"{method} {redacted(url, service)}")
 
 
-def file_name(headers: email.message.Message, url: str) -> str:
-    """What a download is called: as the server says, else the last part of its address."""
-    name = headers.get_filename() or urlsplit(url).path.removesuffix("/content").rpartition("/")[2]
-    return name.replace("\\", "/").rpartition("/")[2]
+def parsed(response: http.client.HTTPResponse, service: Service, where: str) -> Any:
+    """An answer's JSON; None where it has no body.
+
+    Raises
+    ------
+    InputError
+        If it is none.
+    StorageError
+        If the connection breaks.
+    """
+    try:
+        data = response.read()
+        return json.loads(data) if data.strip() else None
+    except ValueError as error:
+        raise InputError("answered something that is no JSON", where=where) from error
+    except OPEN_ERRORS as error:
+        raise StorageError(redacted(f"the answer broke off: {error}", service), where=where) from None

@@ -16,8 +16,8 @@ from streamx.share.fetch import ORIGIN
 from streamx.share.http import Service, ask
 from streamx.share.zenodo import SANDBOX, ZENODO, all_depositions, put_into, record_link, service_of
 from streamx.store.location import Location, open_location
-from streamx.train.card import README, render
-from streamx.train.model import read_card
+from streamx.train.card import README, portable, render
+from streamx.train.model import CARD, read_card, seal
 
 log = logging.getLogger("streamx")
 
@@ -76,7 +76,8 @@ def publish(
     text = "" if card is None else render(card)
     with tempfile.TemporaryDirectory(prefix="streamx-") as scratch:
         path = Path(scratch) / f"streamx-{name}.zip"
-        digest = pack(location, path, {README: text.encode()} if text else {}, skip=(ORIGIN,))
+        extra = {} if card is None else {README: text.encode(), CARD: seal(portable(card))}
+        digest = pack(location, path, extra, skip=(ORIGIN,))
         entry = _deposition_for(service, f"streamx-files:{digest[:40]}", _metadata(config, name, card, text))
         number = str(entry["id"])
         facts = {"deposition": number, "file": path.name, "bytes": path.stat().st_size}

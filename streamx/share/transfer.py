@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 from tqdm.auto import tqdm
 
 from streamx.errors import IntegrityError, StorageError
-from streamx.share.http import FIRST_PAUSE, LONGEST_PAUSE, OPEN_ERRORS, Service, redacted, send
+from streamx.share.http import FIRST_PAUSE, LONGEST_PAUSE, OPEN_ERRORS, Service, parsed, redacted, send
 from streamx.store.location import storage_error
 from streamx.threads import pause
 
 PIECE = 1 << 20
+PATIENCE = 5  # times the timeout: a service looks at a large upload before it answers
 
 
 def md5_of(path: Path) -> str:
@@ -76,8 +77,9 @@ def put_file(service: Service, path: Path, url: str, *, progress: bool = True) -
             return _Sent(path.open("rb"), bar)
 
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
-        with send(service, "PUT", url, body=body, headers=headers) as response:
-            answer = json.loads(response.read())
+        patient = replace(service, timeout=PATIENCE * service.timeout)
+        with send(patient, "PUT", url, body=body, headers=headers) as response:
+            answer = parsed(response, service, redacted(url, service)) or {}
     if answer.get("checksum") not in (None, checksum, checksum.removeprefix("md5:")):
         raise IntegrityError(
             f"the service got {answer['checksum']}, the file has {checksum}",
@@ -166,7 +168,9 @@ def _append(service: Service, url: str, part: Path, had: int, name: str, progres
     headers = {"Range": f"bytes={had}-"} if had else {}
     with send(service, "GET", url, headers=headers) as response:
         begins = re.match(rf"bytes {had}-", response.headers.get("Content-Range", ""))
-        resumed = response.status == 206 and begins is not None
+        if response.status == 206 and begins is None:
+            raise ConnectionError("another part than was asked for")
+        resumed = response.status == 206
         length = response.headers.get("Content-Length")
         start = had if resumed else 0
         total = None if length is None else start + int(length)

@@ -52,6 +52,16 @@ def data_of(view: Collection, label_key: str | None) -> dict[str, Any]:
     return found
 
 
+def portable(card: Mapping[str, Any]) -> dict[str, Any]:
+    """The card without a path of the machine that it was made on: of ``init`` its last part."""
+    settings = dict(card.get("settings") or {})
+    begun = settings.get("train", {}).get("init")
+    if begun is None:
+        return dict(card)
+    name = str(begun).rstrip("/").rpartition("/")[2]
+    return {**card, "settings": settings | {"train": settings["train"] | {"init": name}}}
+
+
 def write_card(location: Location, card: dict[str, Any]) -> None:
     """The card for people, then the one that makes the folder a model."""
     location.write(README, render(card).encode())
@@ -69,6 +79,7 @@ def escaped(value: Any) -> str:
 
 def render(card: Mapping[str, Any]) -> str:
     """``model.json`` as Markdown."""
+    card = portable(card)
     data, training = card.get("data") or {}, card.get("training") or {}
     lines = [f"# {escaped(card['model'])} model", ""]
     lines += ["Written by streamx. `streamx project` maps new cells with it, `streamx transfer` labels them."]

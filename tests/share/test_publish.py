@@ -17,6 +17,8 @@ import streamx as sx
 from streamx.cli.main import invoke, main
 from streamx.errors import BadFileError, IntegrityError, ResourceError, StorageError, UsageError
 from streamx.share.fetch import parse_source
+from streamx.train.card import render
+from streamx.train.model import seal
 
 QUICK = {"retry_seconds": 0.1, "progress": False}
 JANE = "Doe, Jane"
@@ -105,8 +107,6 @@ def test_a_hostile_name_is_text(zenodo: Zenodo, tmp_path: Path) -> None:
     view = write_view(tmp_path / "view", [40, 40], expressed=0.2)
     sx.train(view, tmp_path / "model", max_iteration=2, n_hidden=8, threads=1, progress=False)
     card = json.loads((tmp_path / "model" / "model.json").read_text())
-    from streamx.train.card import render
-
     name = "<script>alert(1)</script> | [x](javascript:y) `\n# Heading"
     text = render(card | {"data": card["data"] | {"batches": {name: 3}}})
     assert "<script>" not in text
@@ -294,3 +294,17 @@ def test_a_model_that_python_trained_on_is_shared_too(zenodo: Zenodo, tmp_path: 
     loaded = sx.SCVI.load(tmp_path / "got", adata)
     want = model.get_latent_representation()
     assert (loaded.get_latent_representation() == want).all()
+
+
+def test_no_path_of_a_machine_is_published(model: Path, zenodo: Zenodo, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    card = json.loads((tmp_path / "model" / "model.json").read_text())
+    del card["seal"]
+    card["settings"]["train"]["init"] = "/home/jane/secret/base"
+    (tmp_path / "model" / "model.json").write_bytes(seal(card))
+    published(tmp_path / "model", zenodo)
+    sx.fetch("100", tmp_path / "got", base_url=zenodo.api, **QUICK)
+    assert json.loads((tmp_path / "got" / "model.json").read_text())["settings"]["train"]["init"] == "base"
+    assert sx.verify(tmp_path / "got")["ok"]
+    for name, data in contents(tmp_path / "got").items():
+        assert b"jane" not in data, name
