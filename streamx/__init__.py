@@ -23,6 +23,7 @@ _PUBLIC: dict[str, str] = {
     "surgery": "streamx.surgery:surgery",
     "transfer": "streamx.mapping:transfer",
     "metrics": "streamx.mapping:metrics",
+    "export": "streamx.export:export",
     "integrate": "streamx.integrate:integrate",
     "simulate": "streamx.simulate.write:simulate",
     "SCALEX": "streamx.integrate:SCALEX",

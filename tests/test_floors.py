@@ -51,6 +51,7 @@ ROOMS: dict[str, set[str]] = {
     "arches": DATA
     | {"models", "posterior", "train", "query", "project", "surgery"}
     | {"labels", "neighbors", "metrics", "plots"},
+    "export": CORE | {"store", "arches", "interop"},
     "verify": CORE | {"store", "train", "mapping"},
     "integrate": DATA
     | {"models", "train", "interop", "project", "mapping", "neighbors", "transfer", "metrics", "plots"},
@@ -67,6 +68,7 @@ ROOMS: dict[str, set[str]] = {
         "mapping",
         "integrate",
         "verify",
+        "export",
         "figures",
         "plots",
         "share",
