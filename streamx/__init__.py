@@ -28,11 +28,18 @@ _PUBLIC: dict[str, str] = {
     "integrate": "streamx.integrate:integrate",
     "simulate": "streamx.simulate.write:simulate",
     "SCALEX": "streamx.integrate:SCALEX",
+    "scalex": "streamx.integrate.scalex",
     "SCVI": "streamx.arches.scvi:SCVI",
     "SCANVI": "streamx.arches.scanvi:SCANVI",
     "TOTALVI": "streamx.arches.totalvi:TOTALVI",
     "TRVAE": "streamx.arches.trvae:TRVAE",
+    "SCVI_EVAL": "streamx.arches.evaluate:SCVI_EVAL",
+    "TRVAE_EVAL": "streamx.arches.evaluate:TRVAE_EVAL",
+    "dataset": "streamx.arches.dataset",
     "setup_anndata": "streamx.arches.keys:setup_anndata",
+    "publish": "streamx.share.publish:publish",
+    "fetch": "streamx.share.fetch:fetch",
+    "zenodo": "streamx.share.zenodo",
     "pl": "streamx.plots",
 }
 

@@ -778,6 +778,42 @@ class IntegrateConfig:
 
 
 @dataclass(frozen=True)
+class PublishConfig:
+    sandbox: bool = option(False, "Zenodo's sandbox, where records may be tried out")
+    draft: bool = option(False, "stop before publishing, which can't be undone")
+    name: str | None = option(None, "name of the archive (default: the folder's)")
+    title: str | None = option(None, "title of the record (default: name and kind of the model)")
+    description: str | None = option(None, "description, HTML (default: the model's card)")
+    creator: tuple[str, ...] = option((), 'who made it, such as "Doe, Jane"', many=True)
+    license: str = option("cc-by-4.0", "licence, by its name on Zenodo")
+    upload_type: str = option(
+        "dataset", "what Zenodo files it as", choices=("dataset", "software", "publication", "other")
+    )
+    token_file: str | None = option(
+        None,
+        "file with the access token (default: ZENODO_TOKEN or ZENODO_SANDBOX_TOKEN in the environment)",
+    )
+    timeout: float = option(60.0, "seconds without an answer or another byte", least=0.1)
+    retry_seconds: float = option(
+        120.0, "seconds for which a failing request is repeated, ever more slowly", least=0
+    )
+
+
+@dataclass(frozen=True)
+class FetchConfig:
+    sandbox: bool = option(PublishConfig.sandbox, "the DOI or number is of Zenodo's sandbox")
+    file: str | None = option(None, "the record's file that holds the model (default: its only archive)")
+    limit: str = option("50GB", "bytes that the unpacked model may have")
+    token_file: str | None = option(
+        None, "file that holds the access token, for records that are not open (default: the environment's)"
+    )
+    timeout: float = option(PublishConfig.timeout, "seconds without an answer or another byte", least=0.1)
+    retry_seconds: float = option(
+        PublishConfig.retry_seconds, "seconds for which a failing request is repeated", least=0
+    )
+
+
+@dataclass(frozen=True)
 class BucketConfig:
     """How to reach a bucket; what is None is taken from the usual environment variables."""
 

@@ -49,10 +49,14 @@ ROOMS: dict[str, set[str]] = {
     "report": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
     "surgery": DATA | {"models", "train", "query", "project", "mapping"},
-    "arches": DATA | {"models", "posterior", "train", "query", "project", "surgery"},
+    "arches": DATA
+    | {"models", "posterior", "train", "query", "project", "surgery"}
+    | {"labels", "neighbors", "metrics", "plots"},
     "export": CORE | {"store", "arches", "interop"},
     "verify": CORE | {"store", "train", "mapping"},
-    "integrate": DATA | {"models", "train", "interop", "project", "mapping", "neighbors", "metrics", "plots"},
+    "integrate": DATA
+    | {"models", "train", "interop", "project", "mapping", "neighbors", "transfer", "metrics", "plots"},
+    "share": CORE | {"store", "train", "interop", "verify"},
     "demo": {"demo"},
     "__main__": {"cli"},
     "cli": DATA
@@ -69,6 +73,7 @@ ROOMS: dict[str, set[str]] = {
         "figures",
         "plots",
         "report",
+        "share",
         "demo",
     }
     | {"simulate"},

@@ -22,10 +22,11 @@ from streamx.store.latents import write_latents
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import describe
 from streamx.train.build import TAKES_ROWS
+from streamx.train.card import write_card
 from streamx.train.cells import columns_of
 from streamx.train.counts import latents
 from streamx.train.device import one_torch_thread, pick_device
-from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, load_model, read_card, save_weights, seal
+from streamx.train.model import FORMAT, WEIGHTS, Model, load_model, read_card, save_weights
 from streamx.train.run import as_csv
 from streamx.train.surgery import measured_in, narrowed
 
@@ -71,7 +72,7 @@ def save_state(state: State, folder: str | Path, *, overwrite: bool, save_anndat
             table = as_csv(history)
             location.write(name, table)
             card["files"] = card["files"] | {name: describe(table)}
-    location.write(CARD, seal(card | {OURS: _as_card(state)}))
+    write_card(location, card | {OURS: _as_card(state)})
     if save_anndata:
         state.data.write_h5ad(folder / ADATA)
 

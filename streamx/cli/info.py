@@ -43,7 +43,9 @@ def generations(view: Collection) -> dict[str, Any]:
 
 
 def describe_model(location: Location) -> Result:
-    """Of a model's card what says where it comes from; genes and batches by their number."""
+    """Of a model's card what says where it comes from; genes by their number."""
+    from streamx.train.card import render
+
     try:
         card = json.loads(location.read("model.json"))
         return {
@@ -54,8 +56,14 @@ def describe_model(location: Location) -> Result:
             "n_batches": len(card["batches"]),
             "batch_key": card["batch_key"],
             "norm": card["norm"],
-            **card["training"],
+            **card.get("training", {}),  # of a model that was trained on in Python: of several trainings
+            "data": card.get("data", {}),  # models made before there was this part have none
+            "surgery": [{"name": entry["name"]} | entry["report"] for entry in card.get("surgery", [])],
+            "settings": card.get("settings", {}),
+            "network": card["network"],
             "versions": card["versions"],
+            "files": card["files"],
+            "card": render(card),
         }
     except (ValueError, KeyError, TypeError) as error:
         raise BadFileError(
@@ -64,7 +72,9 @@ def describe_model(location: Location) -> Result:
 
 
 def show(result: Result) -> str:
-    """Names and values; batches below each other; the view's recipe only with --json."""
+    """Names and values; batches below each other; the view's recipe only with --json; of a model its card."""
+    if result["kind"] == "model":
+        return str(result["card"])
     text = columns(
         {key: value for key, value in result.items() if key not in ("batches", "view", "predicted")}
     )

@@ -48,6 +48,7 @@ from streamx.train.run import train
 
 log = logging.getLogger("streamx")
 D = IntegrateConfig
+LOG_FORMAT = "%(asctime)s - %(name)s - %(levelname)s - %(message)s"
 
 
 def integrate(data: Any, output: str | Path | None = None, **settings: Any) -> AnnData:
@@ -156,7 +157,7 @@ def SCALEX(
     elif n_top_features is not None:
         names, arguments["n_top_features"] = [str(name) for name in n_top_features], None
     call: IntegrateConfig = build(IntegrateConfig, arguments)
-    inputs = _inputs(data_list, None if batch_categories is None else list(map(str, batch_categories)))
+    inputs = input_names(data_list, None if batch_categories is None else list(map(str, batch_categories)))
     with _folder(call.outdir) as folder, _log_file(folder / "log.txt"):
         if call.projection is not None:
             return _mapped(inputs, call, folder)
@@ -164,7 +165,7 @@ def SCALEX(
 
 
 def _trained(inputs: dict[str, Any], call: IntegrateConfig, names: list[str] | None, folder: Path) -> AnnData:
-    view = _view(_store(inputs, call, folder), call, folder, names)
+    view = make_view(make_store(inputs, call, folder), call, folder, names)
     train(
         view,
         folder / "model",
@@ -185,7 +186,7 @@ def _mapped(inputs: dict[str, Any], call: IntegrateConfig, folder: Path) -> AnnD
     home = local_folder(call.projection)
     model = load_model(home / "model" if (home / "model" / "model.json").is_file() else home)
     call = replace(call, join="outer", min_cells=0)
-    view = _view(_store(inputs, call, folder), call, folder, list(model.genes))
+    view = make_view(make_store(inputs, call, folder), call, folder, list(model.genes))
     adata = assemble(view, list(inputs), _query_latents(model, view, call))
     if not call.repeat:
         reference = home / "adata.h5ad"
@@ -214,7 +215,7 @@ def _finished(adata: AnnData, model: Model, call: IntegrateConfig, folder: Path)
 # -- steps ---------------------------------------------------------------------------------------------
 
 
-def _inputs(data_list: Any, categories: list[str] | None) -> dict[str, Any]:
+def input_names(data_list: Any, categories: list[str] | None) -> dict[str, Any]:
     """Batch name -> file or object; a folder or glob counts as the files that it stands for."""
     listed = data_list if isinstance(data_list, list | tuple) else [data_list]
     items = [member for item in listed for member in expand(item)]
@@ -227,7 +228,8 @@ def _inputs(data_list: Any, categories: list[str] | None) -> dict[str, Any]:
     return dict(zip(names, items, strict=True))
 
 
-def _store(inputs: dict[str, Any], call: IntegrateConfig, folder: Path) -> Collection:
+def make_store(inputs: dict[str, Any], call: IntegrateConfig, folder: Path) -> Collection:
+    """The inputs as a store in `folder`."""
     as_it_is = call.processed or call.use_layer != "X"
     columns: tuple[str, ...] = ()
     obsm: tuple[str, ...] = ()
@@ -257,7 +259,8 @@ def _peek(item: Any, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
             return tuple(map(str, source.cells.columns)), tuple(source.obsm)
 
 
-def _view(store: Collection, call: IntegrateConfig, folder: Path, names: list[str] | None) -> Collection:
+def make_view(store: Collection, call: IntegrateConfig, folder: Path, names: list[str] | None) -> Collection:
+    """The view that the model is trained on, beside its store."""
     settings: dict[str, Any] = {"profile": call.profile}
     wanted = call.n_top_features
     if call.use_layer in store.modalities:
@@ -343,7 +346,7 @@ def _folder(outdir: str | None) -> Iterator[Path]:
 def _log_file(path: Path) -> Iterator[None]:
     """Everything that is logged meanwhile also goes to a file, in the original's form."""
     handler = logging.FileHandler(path, mode="w")
-    handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
+    handler.setFormatter(logging.Formatter(LOG_FORMAT))
     level = log.level
     log.addHandler(handler)
     log.setLevel(min(level or logging.INFO, logging.INFO))

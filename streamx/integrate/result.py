@@ -43,8 +43,7 @@ def assemble(view: Collection, files: Sequence[str], latent_nk: np.ndarray) -> A
         obs["batch"] = obs[view.batch_key]
     var = pd.DataFrame(index=view.var_names)
     if view.nnz * 8 <= IN_MEMORY:
-        position = pd.Index(files).get_indexer(view.obs_column(FILE).astype(str))
-        order = np.lexsort((view.obs_column(FILE_ROW).to_numpy(), position))
+        order = input_order(view, files)
         x_ng: Any = seen(view, 0, view.n_obs)[order]
         obs, latent_nk = obs.iloc[order], latent_nk[order]
     else:
@@ -53,6 +52,12 @@ def assemble(view: Collection, files: Sequence[str], latent_nk: np.ndarray) -> A
     adata = AnnData(X=x_ng, obs=obs, var=var)
     adata.obsm["latent"] = latent_nk
     return adata
+
+
+def input_order(view: Collection, files: Sequence[str]) -> np.ndarray:
+    """Rows of the view in the order of the files and of their rows, int64 (n_cells,)."""
+    position = pd.Index(files).get_indexer(view.obs_column(FILE).astype(str))
+    return np.lexsort((view.obs_column(FILE_ROW).to_numpy(), position))
 
 
 def seen(view: Collection, start: int, stop: int) -> sparse.csr_matrix:

@@ -13,7 +13,8 @@ from streamx.store.latents import write_latents
 from streamx.store.location import Location, Put
 from streamx.surgery.narrow import spread_of
 from streamx.train.build import n_latent_of
-from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, read_card, save_weights, seal
+from streamx.train.card import write_card
+from streamx.train.model import FORMAT, WEIGHTS, Model, read_card, save_weights
 
 
 def begin(source: Location, out: Location, model: Model) -> None:
@@ -42,7 +43,7 @@ def begin(source: Location, out: Location, model: Model) -> None:
         copy_tree(source.below(name), out.below(name))
     spread = spread_of(out.below("reference.zarr"), model.latent_key)
     fresh = {"earlier": [], "added": [], "surgery": [], "weights": WEIGHTS, "spread": spread}
-    out.write(CARD, seal(fresh | model.card | {"origin": model.id}))
+    write_card(out, fresh | model.card | {"origin": model.id})
 
 
 def _adopt(out: Location, model: Model) -> None:
@@ -74,7 +75,7 @@ def _adopt(out: Location, model: Model) -> None:
         "surgery": [],
         "weights": WEIGHTS,
     }
-    out.write(CARD, seal(card))
+    write_card(out, card)
 
 
 def copy_tree(source: Location, target: Location) -> None:

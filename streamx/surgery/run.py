@@ -46,10 +46,11 @@ from streamx.surgery.begin import begin, copy_tree
 from streamx.surgery.cells import PLACE, lay_query
 from streamx.surgery.narrow import warn_narrow
 from streamx.train.build import TAKES_ROWS
+from streamx.train.card import write_card
 from streamx.train.cells import columns_of
 from streamx.train.counts import latents
 from streamx.train.device import one_torch_thread
-from streamx.train.model import CARD, Model, load_model, save_weights, seal
+from streamx.train.model import Model, load_model, save_weights
 from streamx.train.surgery import measured_in, narrowed
 
 log = logging.getLogger("streamx")
@@ -283,7 +284,7 @@ def _commit(
         "surgery": [*card["surgery"], entry | {"report": report}],
     }
     out.sync()
-    out.write(CARD, seal(card))
+    write_card(out, card)
     if key != old:
         out.delete(old)
     for name in set(model.card["added"]) - set(names):

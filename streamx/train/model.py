@@ -5,6 +5,7 @@
     MODEL/
       model.json           schema, preprocessing, settings, versions, hash of every file; written last
       model.safetensors    weights; scale and normalisation tables of the reference
+      README.md            the card for people, made from it (:mod:`streamx.train.card`)
       history.csv          mean losses per epoch
       reference.zarr       obs and latents of the reference cells (AnnData-Zarr)
       added/*.zarr         the same of cells that surgery added (which then keeps its weights in

@@ -28,11 +28,12 @@ from streamx.store.location import Location, open_location
 from streamx.store.manifest import MARKER, describe, dump
 from streamx.train import counts, scalex
 from streamx.train.build import network_of
+from streamx.train.card import data_of, write_card
 from streamx.train.device import check_device, one_torch_thread, pick_device
 from streamx.train.distributed import Ranks, together
 from streamx.train.engine import run_task
 from streamx.train.fit import State
-from streamx.train.model import CARD, FORMAT, WEIGHTS, read_card, save_weights, seal
+from streamx.train.model import FORMAT, WEIGHTS, read_card, save_weights
 from streamx.train.task import Finished, Run, Task
 
 log = logging.getLogger("streamx")
@@ -239,11 +240,12 @@ def _write(
         "view": fingerprint["view"],
         "settings": fingerprint,
         "training": trained,
+        "data": data_of(view, run.schema.label_key),
         "versions": {"streamx": streamx.__version__, "torch": torch.__version__, "numpy": np.__version__},
         "files": {WEIGHTS: described} | {name: describe(data) for name, data in tables.items()},
     }
     location.sync()
-    location.write(CARD, seal(card))
+    write_card(location, card)
 
 
 def as_csv(history: list[dict[str, float]]) -> bytes:

@@ -22,6 +22,8 @@ CONFIGS = {
     "surgery": (config.SurgeryConfig,),
     "transfer": (config.TransferConfig,),
     "metrics": (config.MetricsConfig,),
+    "publish": (config.PublishConfig,),
+    "fetch": (config.FetchConfig,),
 }
 POSITIONALS = {
     "convert": "a.h5ad -o store",
@@ -31,6 +33,8 @@ POSITIONALS = {
     "surgery": "model a.h5ad -o out",
     "transfer": "model out",
     "metrics": "model out",
+    "publish": "model",
+    "fetch": "10.5281/zenodo.1 -o model",
 }
 
 
@@ -130,5 +134,5 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_contract_of_verbs() -> None:
     names = "convert info verify annotate preprocess train project surgery transfer metrics plot export"
-    names += " report integrate simulate demo"
+    names += " report integrate publish fetch simulate demo"
     assert [verb.name for verb in VERBS] == names.split()

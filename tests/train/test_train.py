@@ -65,6 +65,7 @@ def test_what_is_written(view: Collection, trained: tuple[Path, TrainResult]) ->
     assert result.model == "scalex"
     assert result.cells_per_second > 0
     assert sorted(p.name for p in path.iterdir()) == [
+        "README.md",
         "history.csv",
         "model.json",
         "model.safetensors",
