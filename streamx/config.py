@@ -126,6 +126,25 @@ class SimulateConfig:
 
 
 @dataclass(frozen=True)
+class ActivityConfig:
+    genes: str | None = option(
+        None, "annotation with the genes: .gtf, .gff3 or .bed (name in column 4, strand in 6), plain or .gz"
+    )
+    peak_genes: str | None = option(
+        None, "table with columns gene and peak (tsv or csv, plain or .gz), instead of --genes or beside it"
+    )
+    upstream: int = option(
+        2000, "bases before a gene's start, by its strand, whose peaks count for it", least=0
+    )
+    body: bool = option(True, "peaks in the gene's body count too")
+    attribute: str = option(
+        "gene_name", "attribute of GTF or GFF3 that names a gene (gene_id where it is absent)"
+    )
+    memory: str = option("4GB", "memory that the work may use")
+    threads: int = option(0, "threads (0: one per core)", least=0)
+
+
+@dataclass(frozen=True)
 class PreprocessConfig:
     profile: str = option(
         "RNA", "RNA, ATAC, or counts (select features, no transform)", choices=("RNA", "ATAC", "counts")
