@@ -147,15 +147,17 @@ class ActivityConfig:
 @dataclass(frozen=True)
 class PreprocessConfig:
     profile: str = option(
-        "RNA", "RNA, ATAC, or counts (select features, no transform)", choices=("RNA", "ATAC", "counts")
+        "RNA",
+        "RNA, ATAC, ADT (proteins: centred log ratio of each cell), or counts (select features, no transform)",
+        choices=("RNA", "ATAC", "ADT", "counts"),
     )
     min_features: int | None = option(
-        None, "keep cells with at least this many features (RNA 600, ATAC 100, counts 0)"
+        None, "keep cells with at least this many features (RNA 600, ATAC 100, others 0)"
     )
     min_cells: int = option(3, "keep features seen in at least this many cells")
     target_sum: float = option(10_000.0, "total that each cell is scaled to")
     n_top_features: int | None = option(
-        None, "number of variable features (RNA 2000, ATAC 100000; 0 keeps all)"
+        None, "number of variable features (RNA 2000, ATAC 100000, others all; 0 keeps all)"
     )
     genes: str | None = option(
         None, "file with one feature per line to use instead of variable features (absent ones are zero)"
@@ -181,7 +183,9 @@ class PreprocessConfig:
         False, "the values are normalised already: no filter, no transform but the scaling"
     )
     obsm: str | None = option(
-        None, "use this obsm matrix as the features instead of X (no preprocessing but the scaling)"
+        None,
+        "use this obsm matrix as the features instead of X (no preprocessing but the scaling; with ADT that of "
+        "proteins)",
     )
     batches: tuple[str, ...] | None = option(None, "only these batches", many=True)
     where: str | None = option(

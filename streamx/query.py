@@ -331,6 +331,9 @@ def _filter(x_ng: sparse.csr_matrix, gene_map: GeneMap, model: Model, least: int
     narrow = genes.map_columns(x_ng, gene_map.target_g, len(model.genes))
     if model.total == "selected":
         total_n = np.asarray(narrow.sum(1, dtype=np.float64)).ravel()
+    elif model.total == "geometric":  # over the model's panel, as far as this file has it
+        logs_n = np.asarray(narrow.astype(np.float64).log1p().sum(1)).ravel()
+        total_n = np.exp(logs_n / max(1, gene_map.found))
     else:
         total_n = np.bincount(row[used], weights=x_ng.data[used].astype(np.float64), minlength=n)
     return _Kept(narrow[passed].astype(np.float32), total_n[passed]), features_n
