@@ -1,12 +1,13 @@
-"""RNA and ATAC of a mouse cortex as two batches of one feature space: streamx beside SCALEX 1.0.4, PCA and CCA.
+"""RNA and ATAC of a mouse cortex as two batches of one feature space: ours beside SCALEX 1.0.4, PCA, CCA.
 
     python benchmarks/cross_modality.py --peer-python PYTHON_WITH_SCALEX
 
-10,309 cells of which both were measured (SNARE-seq, Chen 2019): the pairs, which no method sees, are the truth.
-ATAC becomes gene activity by `sx.gene_activity`; the same matrix goes to every method, with SCALEX's recipe for
-two modalities (no cell and no gene filtered). Scored by FOSCTTM (0 perfect, chance .5), labels transferred both
-ways (15 nearest, uniform vote), and mixing. Every run is a process of its own with one thread, and one JSON line
-in ``results/cross_modality.jsonl``; runs whose latents are in the work folder are scored again.
+10,309 cells of which both were measured (SNARE-seq, Chen 2019): the pairs, which no method sees, are the
+truth. ATAC becomes gene activity by `sx.gene_activity`; the same matrix goes to every method, with SCALEX's
+recipe for two modalities (no cell and no gene filtered). Scored by FOSCTTM (0 perfect, chance .5), labels
+transferred both ways (15 nearest, uniform vote), and mixing. Every run is a process of its own with one
+thread, and one JSON line in ``results/cross_modality.jsonl``; runs whose latents are in the work folder are
+scored again.
 """
 
 from __future__ import annotations
@@ -80,7 +81,7 @@ def pca(x_ng: np.ndarray, is_rna: np.ndarray) -> np.ndarray:
 
 
 def cca(x_ng: np.ndarray, is_rna: np.ndarray) -> np.ndarray:
-    """Diagonal CCA (Butler 2018): singular vectors of the product of both scaled matrices, each cell of length 1."""
+    """Diagonal CCA (Butler 2018): singular vectors of the product of both scaled matrices, length 1."""
     a_ng, b_ng = standard(x_ng[is_rna]), standard(x_ng[~is_rna])
 
     def product(v: np.ndarray) -> np.ndarray:

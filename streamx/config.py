@@ -128,7 +128,7 @@ class SimulateConfig:
 @dataclass(frozen=True)
 class ActivityConfig:
     genes: str | None = option(
-        None, "annotation with the genes: .gtf, .gff3 or .bed (name in column 4, strand in 6), plain or .gz"
+        None, "annotation of the genes: .gtf, .gff3 or .bed (name in column 4, strand in 6), plain or .gz"
     )
     peak_genes: str | None = option(
         None, "table with columns gene and peak (tsv or csv, plain or .gz), instead of --genes or beside it"
@@ -148,7 +148,7 @@ class ActivityConfig:
 class PreprocessConfig:
     profile: str = option(
         "RNA",
-        "RNA, ATAC, ADT (proteins: centred log ratio of each cell), or counts (select features, no transform)",
+        "RNA, ATAC, ADT (proteins: each cell's centred log ratio), or counts (select features, no transform)",
         choices=("RNA", "ATAC", "ADT", "counts"),
     )
     min_features: int | None = option(
@@ -184,8 +184,7 @@ class PreprocessConfig:
     )
     obsm: str | None = option(
         None,
-        "use this obsm matrix as the features instead of X (no preprocessing but the scaling; with ADT that of "
-        "proteins)",
+        "use this obsm matrix as the features instead of X (no preprocessing but the scaling; but ADT's)",
     )
     batches: tuple[str, ...] | None = option(None, "only these batches", many=True)
     where: str | None = option(

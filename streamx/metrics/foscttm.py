@@ -1,4 +1,4 @@
-"""FOSCTTM: how far from each cell its own other half lies, where every cell was measured in two modalities."""
+"""FOSCTTM: how far a cell lies from its other half, where all cells were measured in two modalities."""
 
 from __future__ import annotations
 

@@ -76,9 +76,7 @@ class Links:
         return int(np.count_nonzero(np.diff(self.map_pg.indptr)))
 
 
-def make_links(
-    n_peaks: int, gene_names: Sequence[str], peak_l: np.ndarray, region_l: np.ndarray
-) -> Links:
+def make_links(n_peaks: int, gene_names: Sequence[str], peak_l: np.ndarray, region_l: np.ndarray) -> Links:
     """Pairs of a peak and a gene's region -> the map.
 
     Regions of one name are one gene: a peak that lies in two of them, or is listed twice, counts once.
@@ -138,9 +136,7 @@ def overlaps(peaks: Regions, regions: Regions) -> tuple[np.ndarray, np.ndarray]:
 def _by_chromosome(regions: Regions) -> dict[str, np.ndarray]:
     code_r, keys = pd.factorize(np.array([chromosome_key(name) for name in regions.chromosomes], object))
     order = np.argsort(code_r, kind="stable")
-    return dict(
-        zip(map(str, keys), np.split(order, np.cumsum(np.bincount(code_r))[:-1]), strict=True)
-    )
+    return dict(zip(map(str, keys), np.split(order, np.cumsum(np.bincount(code_r))[:-1]), strict=True))
 
 
 def _overlaps_within(
@@ -160,9 +156,7 @@ def _overlaps_within(
     return peak_i[peak_l[keep]], region_i[region_l[keep]]
 
 
-def listed_pairs(
-    peak_names: Sequence[str], table: pd.DataFrame, where: str
-) -> tuple[list[str], np.ndarray]:
+def listed_pairs(peak_names: Sequence[str], table: pd.DataFrame, where: str) -> tuple[list[str], np.ndarray]:
     """Genes of a table's rows, and the peak of each, -1 for one that is not there.
 
     Names of peaks may be written in another of the known ways than the store's.
@@ -182,7 +176,9 @@ def listed_pairs(
             fix="a table of this store's peaks",
         )
     if (peak_l < 0).any():
-        warn(f"{np.count_nonzero(peak_l < 0)} of its {len(peak_l)} rows name no peak of the store", where=where)
+        warn(
+            f"{np.count_nonzero(peak_l < 0)} of its {len(peak_l)} rows name no peak of the store", where=where
+        )
     return list(table["gene"]), peak_l
 
 
@@ -235,7 +231,9 @@ def find_links(peak_names: Sequence[str], config: ActivityConfig) -> Links:
 # -- store -> store --------------------------------------------------------------------------------------
 
 
-def gene_activity(store: Collection | str | Path, output: str | Path | Location, **settings: Any) -> Collection:
+def gene_activity(
+    store: Collection | str | Path, output: str | Path | Location, **settings: Any
+) -> Collection:
     """Add up the counts of each gene's peaks: a store of peaks -> a store of genes.
 
     A peak counts for every gene in whose body, or upstream of whose start, a base of it lies (as the gene
@@ -255,8 +253,8 @@ def gene_activity(store: Collection | str | Path, output: str | Path | Location,
     Returns
     -------
     Collection
-        The store of genes: cells, obs and batches of the other one; counts, integers; in var `n_peaks`. A gene
-        counts as measured in a file if one of its peaks is.
+        The store of genes: cells, obs and batches of the other one; counts, integers; in var `n_peaks`. A
+        gene counts as measured in a file if one of its peaks is.
 
     Raises
     ------
@@ -365,9 +363,7 @@ def _sources(store: Collection, links: Links) -> list[dict[str, Any]]:
     return entries
 
 
-def _slabs(
-    store: Collection, links: Links, place_n: np.ndarray, memory: int, threads: int
-) -> list[Slab]:
+def _slabs(store: Collection, links: Links, place_n: np.ndarray, memory: int, threads: int) -> list[Slab]:
     """Ranges of rows that all threads can hold at once."""
     widened = 1 + links.map_pg.nnz / max(1, store.n_vars)
     dense = 16 * sum(len(modality["names"]) for modality in store.modalities.values())

@@ -86,9 +86,7 @@ class Normalising:
         indptr, indices, _ = csr
         value_v = np.empty(int(indptr[-1] - indptr[0]))
         panel = int(self.keep_g.sum()) if self.geometric else 0
-        kernels.scale_rows(
-            *csr, admitted_n, self.keep_g, self.target, self.binarize, panel, value_v, cell_n
-        )
+        kernels.scale_rows(*csr, admitted_n, self.keep_g, self.target, self.binarize, panel, value_v, cell_n)
         if self.log:
             np.log1p(value_v, out=value_v)
         kernels.add_values(indptr, indices, value_v, table_g4)

@@ -2,9 +2,10 @@
 
 Sources: SCALEX's documentation and releases. RNA: names filtered, cells, genes, 10,000 per cell, log1p,
 variable genes, maximum per batch (release 1.0.2; later ones scale over all cells: ``scale="global"``). ATAC
-exists in three forms, named after the release that has them. SCALEX has none for proteins (ADT); theirs is the
-centred log ratio of each cell, as Seurat and muon take it (Stoeckius 2017): ln(1 + x / g), g the geometric mean
-exp(mean of ln(1 + x)) over the panel. It is not negative, as SCALEX's loss needs, and a cell decides its own.
+exists in three forms, named after the release that has them. SCALEX has none for proteins (ADT): here it is
+the centred log ratio of each cell, as Seurat takes it (Stoeckius 2017): ln(1 + x / g), g the geometric mean
+exp(mean of ln(1 + x)) over the panel. It is never negative, as SCALEX's loss needs, and follows from the
+cell alone.
 """
 
 from __future__ import annotations

@@ -200,7 +200,7 @@ def _warn_of_the_wrong_values(store: Collection, config: PreprocessConfig) -> No
 
 
 def _refuse_unmeasured(store: Collection, config: PreprocessConfig) -> None:
-    """Proteins that are zero throughout a batch were not measured there: its cells would become a batch effect."""
+    """Proteins that are zero throughout a batch were not measured there, and say nothing of its cells."""
     measured = store.modalities[config.obsm or ""]["measured"]
     without = [name for name in config.batches or store.batches if not any(measured.get(name, [True]))]
     if without:

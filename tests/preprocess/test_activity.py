@@ -200,7 +200,9 @@ def test_counts_are_added_up(annotation: str, tmp_path: Path) -> None:
     np.testing.assert_array_equal(genes.read(0, 60).toarray(), expected_of(adata, genes))
     pd.testing.assert_frame_equal(genes.obs, peaks.obs)
     np.testing.assert_array_equal(genes.batch_codes, peaks.batch_codes)
-    np.testing.assert_array_equal(genes.read_obsm("protein_expression"), peaks.read_obsm("protein_expression"))
+    np.testing.assert_array_equal(
+        genes.read_obsm("protein_expression"), peaks.read_obsm("protein_expression")
+    )
     assert genes.var["n_peaks"].tolist() == [5, 5, 1, 1]
     assert genes.measured_bg.all()
     assert sx.verify(genes.path)["ok"]
@@ -283,7 +285,12 @@ def test_genes_of_unmeasured_peaks_are_unmeasured(annotation: str, tmp_path: Pat
     peaks = sx.convert({"a": a, "b": b}, tmp_path / "peaks", batch_key="batch", join="outer", threads=1)
     genes = sx.gene_activity(peaks, tmp_path / "genes", genes=annotation, upstream=500, threads=1)
     measured = dict(zip(genes.var_names, genes.measured_bg.T.tolist(), strict=True))
-    assert measured == {FORWARD: [True, True], BACKWARD: [True, True], TWICE: [True, False], MITO: [True, True]}
+    assert measured == {
+        FORWARD: [True, True],
+        BACKWARD: [True, True],
+        TWICE: [True, False],
+        MITO: [True, True],
+    }
 
 
 def test_rna_is_appended_as_another_batch(annotation: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Proteins alone as features: the centred log ratio of each cell, from X or from obsm; and mapping onto it."""
+"""Proteins alone as features: each cell's centred log ratio, from X or from obsm; and mapping onto it."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
     for path in (tmp_path / "cut.gtf.gz", tmp_path / "absent.bed"):
         with pytest.raises(BadFileError, match="can't be read"):
             read_annotation(path, "gene_name")
-    with pytest.raises(UsageError, match="neither .gtf"):
+    with pytest.raises(UsageError, match=r"neither \.gtf"):
         read_annotation(tmp_path / "genes.txt.gz", "gene_name")
 
 
