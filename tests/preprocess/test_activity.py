@@ -239,11 +239,11 @@ def test_killed_and_run_again(
     from streamx.store.folder import Folder
 
     monkeypatch.setattr(os, "sync", lambda: None)
-    peaks = sx.convert([cells(0, 150, "ab")], tmp_path / "peaks", batch_key="batch", threads=1)
+    peaks = sx.convert([cells(0, 80, "ab")], tmp_path / "peaks", batch_key="batch", threads=1)
     settings: dict[str, Any] = {"genes": annotation, "threads": 1, "memory": "100kB"}
     sx.gene_activity(peaks, tmp_path / "whole", **settings)
     whole, write = tree(tmp_path / "whole"), Folder.write
-    for fails_at in itertools.count(2, 6):
+    for fails_at in itertools.count(2, 9):
         place, done = tmp_path / f"killed{fails_at}", itertools.count(1)
 
         def dies(self: Folder, key: str, *data: Any, done: Any = done, fails_at: int = fails_at) -> None:
