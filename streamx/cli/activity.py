@@ -30,7 +30,7 @@ VERB = Verb(
     name="activity",
     help="add up the counts of the peaks of each gene, so that ATAC can be integrated with RNA",
     example="  streamx activity peaks -o genes --genes gencode.vM10.gtf.gz\n"
-    "  streamx convert rna.h5ad -o genes --append",
+    "  streamx activity peaks -o genes --peak-genes links.tsv --memory 2GB",
     add_arguments=add_arguments,
     run=run,
     show=show,

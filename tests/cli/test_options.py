@@ -16,6 +16,7 @@ from streamx.errors import UsageError
 
 CONFIGS = {
     "convert": (config.ConvertConfig,),
+    "activity": (config.ActivityConfig,),
     "preprocess": (config.PreprocessConfig,),
     "train": (config.TrainConfig, *config.NETWORKS.values()),
     "project": (config.ProjectConfig,),
@@ -25,6 +26,7 @@ CONFIGS = {
 }
 POSITIONALS = {
     "convert": "a.h5ad -o store",
+    "activity": "store -o genes",
     "preprocess": "store -o view",
     "train": "view -o model",
     "project": "model a.h5ad -o out",
@@ -129,6 +131,6 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_contract_of_verbs() -> None:
-    names = "convert info verify annotate preprocess train project surgery transfer metrics plot export"
+    names = "convert info verify annotate activity preprocess train project surgery transfer metrics plot export"
     names += " report integrate simulate demo"
     assert [verb.name for verb in VERBS] == names.split()
