@@ -68,8 +68,7 @@ def read_peaks(names: Sequence[str]) -> Regions:
             fix="names like chr1:100-200, chr1_100_200 or chr1-100-200; or --peak-genes alone, a table of "
             "the peaks of each gene",
         )
-    parts = [match.groups() for match in found if match is not None]
-    return _regions((name, *part, ".") for name, part in zip(names, parts, strict=True))
+    return _regions((match[0], match[1], match[2], match[3], ".") for match in found if match is not None)
 
 
 def peak_key(name: str) -> str | tuple[str, int, int]:
