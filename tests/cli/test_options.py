@@ -131,6 +131,6 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_contract_of_verbs() -> None:
-    names = "convert info verify annotate activity preprocess train project surgery transfer metrics plot export"
-    names += " report integrate simulate demo"
+    names = "convert info verify annotate activity preprocess train project surgery transfer metrics plot"
+    names += " export report integrate simulate demo"
     assert [verb.name for verb in VERBS] == names.split()
