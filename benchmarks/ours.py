@@ -40,14 +40,14 @@ def save(path: Path, adata: ad.AnnData) -> None:
     )
 
 
-def reference_view(folder: Path, file: str, min_features: int, times: dict[str, Any]) -> Any:
+def reference_view(folder: Path, file: str, filters: dict[str, int], times: dict[str, Any]) -> Any:
     """The view of the reference, made unless it is there."""
     if not (folder / "view" / "streamx.json").exists():
         start = clock()
         store = sx.convert([file], folder / "store", batch_key="batch", threads=1)
         times["convert"] = since(start)
         start = clock()
-        sx.preprocess(store, folder / "view", min_features=min_features, threads=1)
+        sx.preprocess(store, folder / "view", threads=1, **filters)
         times["preprocess"] = since(start)
     return sx.open(folder / "view")
 
@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-iteration", type=int, required=True)
     parser.add_argument("--min-features", type=int, default=1)
+    parser.add_argument("--min-cells", type=int, default=3)
+    parser.add_argument("--norm", default="matched", help="statistics of the encoder's batch norm")
     parser.add_argument("--models", required=True, help="folder of store, view and models of this data set")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -67,17 +69,20 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
-    model = folder / f"model-{args.seed}-i{args.max_iteration}"
+    kind = "" if args.norm == "matched" else f"-{args.norm}"
+    model = folder / f"model-{args.seed}-i{args.max_iteration}{kind}"
     times: dict[str, Any] = {}
 
     begun = clock()
-    view = reference_view(folder, args.reference, args.min_features, times)
+    filters = {"min_features": args.min_features, "min_cells": args.min_cells}
+    view = reference_view(folder, args.reference, filters, times)
     start = clock()
     trained = sx.train(
         view,
         model,
         seed=args.seed,
         max_iteration=args.max_iteration,
+        norm=args.norm,
         device="cpu",
         threads=1,
         progress=False,

@@ -16,6 +16,7 @@ _PUBLIC: dict[str, str] = {
     "convert": "streamx.store.convert:convert",
     "verify": "streamx.verify:verify",
     "annotate": "streamx.store.annotate:annotate",
+    "gene_activity": "streamx.preprocess.activity:gene_activity",
     "preprocess": "streamx.preprocess.run:preprocess",
     "Loader": "streamx.loader.loader:Loader",
     "train": "streamx.train.run:train",

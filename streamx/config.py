@@ -126,17 +126,38 @@ class SimulateConfig:
 
 
 @dataclass(frozen=True)
+class ActivityConfig:
+    genes: str | None = option(
+        None, "annotation of the genes: .gtf, .gff3 or .bed (name in column 4, strand in 6), plain or .gz"
+    )
+    peak_genes: str | None = option(
+        None, "table with columns gene and peak (tsv or csv, plain or .gz), instead of --genes or beside it"
+    )
+    upstream: int = option(
+        2000, "bases before a gene's start, by its strand, whose peaks count for it", least=0
+    )
+    body: bool = option(True, "peaks in the gene's body count too")
+    attribute: str = option(
+        "gene_name", "attribute of GTF or GFF3 that names a gene (gene_id where it is absent)"
+    )
+    memory: str = option("4GB", "memory that the work may use")
+    threads: int = option(0, "threads (0: one per core)", least=0)
+
+
+@dataclass(frozen=True)
 class PreprocessConfig:
     profile: str = option(
-        "RNA", "RNA, ATAC, or counts (select features, no transform)", choices=("RNA", "ATAC", "counts")
+        "RNA",
+        "RNA, ATAC, ADT (proteins: each cell's centred log ratio), or counts (select features, no transform)",
+        choices=("RNA", "ATAC", "ADT", "counts"),
     )
     min_features: int | None = option(
-        None, "keep cells with at least this many features (RNA 600, ATAC 100, counts 0)"
+        None, "keep cells with at least this many features (RNA 600, ATAC 100, others 0)"
     )
     min_cells: int = option(3, "keep features seen in at least this many cells")
     target_sum: float = option(10_000.0, "total that each cell is scaled to")
     n_top_features: int | None = option(
-        None, "number of variable features (RNA 2000, ATAC 100000; 0 keeps all)"
+        None, "number of variable features (RNA 2000, ATAC 100000, others all; 0 keeps all)"
     )
     genes: str | None = option(
         None, "file with one feature per line to use instead of variable features (absent ones are zero)"
@@ -162,7 +183,8 @@ class PreprocessConfig:
         False, "the values are normalised already: no filter, no transform but the scaling"
     )
     obsm: str | None = option(
-        None, "use this obsm matrix as the features instead of X (no preprocessing but the scaling)"
+        None,
+        "use this obsm matrix as the features instead of X (no preprocessing but the scaling; but ADT's)",
     )
     batches: tuple[str, ...] | None = option(None, "only these batches", many=True)
     where: str | None = option(

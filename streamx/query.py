@@ -329,10 +329,15 @@ def _filter(x_ng: sparse.csr_matrix, gene_map: GeneMap, model: Model, least: int
     features_n = np.bincount(row[used], minlength=n)
     passed = features_n >= least
     narrow = genes.map_columns(x_ng, gene_map.target_g, len(model.genes))
+    ones = model.transform.binarize  # then totals are of ones too
     if model.total == "selected":
-        total_n = np.asarray(narrow.sum(1, dtype=np.float64)).ravel()
+        total_n = np.asarray(narrow.getnnz(1) if ones else narrow.sum(1, dtype=np.float64), float).ravel()
+    elif model.total == "geometric":  # over the model's panel, as far as this file has it
+        logs_n = np.asarray(narrow.astype(np.float64).log1p().sum(1)).ravel()
+        total_n = np.exp(logs_n / max(1, gene_map.found))
     else:
-        total_n = np.bincount(row[used], weights=x_ng.data[used].astype(np.float64), minlength=n)
+        weights = None if ones else x_ng.data[used].astype(np.float64)
+        total_n = np.bincount(row[used], weights=weights, minlength=n).astype(np.float64)
     return _Kept(narrow[passed].astype(np.float32), total_n[passed]), features_n
 
 

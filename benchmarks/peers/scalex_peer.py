@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-iteration", type=int, default=30_000)
     parser.add_argument("--min-features", type=int, default=1)
+    parser.add_argument("--min-cells", type=int, default=3)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
 
@@ -96,7 +97,8 @@ def main() -> None:
     times: dict[str, Any] = {}
     steps: list[int] = []
     watch_fit(times, steps)
-    settings = {"min_features": args.min_features, "seed": args.seed, "num_workers": 0, "ignore_umap": True}
+    settings = {"min_features": args.min_features, "min_cells": args.min_cells, "seed": args.seed}
+    settings |= {"num_workers": 0, "ignore_umap": True}
 
     start = clock()
     reference = SCALEX(

@@ -23,6 +23,7 @@ from typing import Any, TextIO
 
 from streamx import __version__
 from streamx.cli import (
+    activity,
     annotate,
     convert,
     demo,
@@ -53,6 +54,7 @@ VERBS: tuple[Verb, ...] = tuple(
         info,
         verify,
         annotate,
+        activity,
         preprocess,
         train,
         project,

@@ -122,6 +122,8 @@ def select_features(
     )
     raw = first.moments
     keep_g = genes_to_keep(pool(raw).detected_bg[0], use_g, min_cells=recipe.min_cells)
+    if recipe.total == "geometric" and listed is not None:  # the panel is what is listed
+        keep_g &= np.isin(np.array(names, dtype=object), [str(name) for name in listed])
     log.info(
         "%d of %d cells, %d of %d features kept",
         np.count_nonzero(kept_n),
@@ -202,7 +204,8 @@ def values_pass(
     if recipe.search == "peaks" and recipe.peaks_on == "binary" and chosen_g is not None:
         return Normalising(chosen_g, recipe.target, recipe.binarize)
     if recipe.search == "none":
-        return Normalising(use_g if recipe.total == "all" else keep_g, recipe.target, recipe.binarize)
+        over_g, geometric = use_g if recipe.total == "all" else keep_g, recipe.total == "geometric"
+        return Normalising(over_g, recipe.target, recipe.binarize, geometric=geometric)
     # scanpy takes cell_ranger's dispersions from the logarithms, as they are
     log = recipe.search in ("cell_ranger", "peaks")
     return Normalising(use_g if recipe.total == "all" else keep_g, recipe.rank_target, recipe.binarize, log)

@@ -47,10 +47,11 @@ def add_counts(indptr, indices, data, admitted_n, use_g, min_features, table_g4,
 
 
 @compiled
-def scale_rows(indptr, indices, data, kept_n, keep_g, target, binarize, value_v, total_n):
+def scale_rows(indptr, indices, data, kept_n, keep_g, target, binarize, n_panel, value_v, total_n):
     """Totals over the genes of `keep_g`, and ``x * target / total`` of every stored value (0 if not kept).
 
-    ``target <= 0`` leaves the values as they are. Rows that are not kept get a total of NaN.
+    ``target <= 0`` leaves the values as they are. ``n_panel > 0``: the geometric mean of 1 + x over so many
+    genes takes the place of the total. Rows that are not kept get a total of NaN.
     """
     first = np.uint64(indptr[0])
     for i in range(indptr.size - 1):
@@ -66,6 +67,11 @@ def scale_rows(indptr, indices, data, kept_n, keep_g, target, binarize, value_v,
                 x = 1.0 if binarize else np.float64(data[j])
             value_v[j - first] = x
             total += x
+        if n_panel > 0:
+            logs = 0.0
+            for j in range(start - first, stop - first):
+                logs += np.log1p(value_v[j])
+            total = np.exp(logs / n_panel)
         total_n[i] = total
         if target > 0.0 and total != 0.0:  # an empty cell stays empty
             weight = target / total

@@ -68,13 +68,15 @@ class Counting:
 class Normalising:
     """Pass 2: values scaled to `target` per cell, on the linear scale or after log1p.
 
-    Cells get their total over `keep_g`, float64; NaN where they were not kept. ``target`` 0 scales nothing.
+    Cells get their total over `keep_g`, float64 (`geometric`: the geometric mean of 1 + x instead); NaN where
+    they were not kept. ``target`` 0 scales nothing.
     """
 
     keep_g: np.ndarray
     target: float
     binarize: bool = False
     log: bool = False
+    geometric: bool = False
     dtype = np.float64
     empty = np.nan
 
@@ -83,7 +85,8 @@ class Normalising:
     ) -> None:
         indptr, indices, _ = csr
         value_v = np.empty(int(indptr[-1] - indptr[0]))
-        kernels.scale_rows(*csr, admitted_n, self.keep_g, self.target, self.binarize, value_v, cell_n)
+        panel = int(self.keep_g.sum()) if self.geometric else 0
+        kernels.scale_rows(*csr, admitted_n, self.keep_g, self.target, self.binarize, panel, value_v, cell_n)
         if self.log:
             np.log1p(value_v, out=value_v)
         kernels.add_values(indptr, indices, value_v, table_g4)

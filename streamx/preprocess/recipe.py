@@ -2,7 +2,10 @@
 
 Sources: SCALEX's documentation and releases. RNA: names filtered, cells, genes, 10,000 per cell, log1p,
 variable genes, maximum per batch (release 1.0.2; later ones scale over all cells: ``scale="global"``). ATAC
-exists in three forms, named after the release that has them.
+exists in three forms, named after the release that has them. SCALEX has none for proteins (ADT): here it is
+the centred log ratio of each cell, as Seurat takes it (Stoeckius 2017): ln(1 + x / g), g the geometric mean
+exp(mean of ln(1 + x)) over the panel. It is never negative, as SCALEX's loss needs, and follows from the
+cell alone.
 """
 
 from __future__ import annotations
@@ -30,7 +33,8 @@ class Recipe:
     rank_target
         The same for the search of variable features.
     total
-        What the total is taken over: ``kept`` features, ``selected`` ones, or ``all`` but the dropped names.
+        What the total is taken over: ``kept`` features, ``selected`` ones, or ``all`` but the dropped names;
+        or ``geometric``: no total, but the geometric mean over the panel.
     search
         ``seurat``, ``cell_ranger``, ``seurat_v3``, ``peaks`` (episcanpy's rule) or ``none``.
     peaks_on
@@ -76,10 +80,12 @@ def make_recipe(config: PreprocessConfig) -> Recipe:
     """
     _refuse_contradictions(config)
     listed = config.genes is not None
-    if config.processed or config.obsm:
+    if is_final(config):
         return _as_it_is(config)
     if config.profile == "ATAC":
         return _atac(config, listed)
+    if config.profile == "ADT":
+        return _adt(config)
     counts = config.profile == "counts"
     n_top = (0 if counts else 2000) if config.n_top_features is None else config.n_top_features
     scale = None if counts else _scale(config, "batch")
@@ -126,6 +132,30 @@ def _atac(config: PreprocessConfig, listed: bool) -> Recipe:
     )
 
 
+def _adt(config: PreprocessConfig) -> Recipe:
+    """Every protein of the panel, by its centred log ratio; none is searched for, few as they are."""
+    return Recipe(
+        profile="ADT",
+        drop=(),
+        min_features=_default(config.min_features, 0),
+        min_cells=config.min_cells,
+        target=1.0,
+        rank_target=1.0,
+        binarize=False,
+        log1p=True,
+        total="geometric",
+        search="none",
+        n_top=0,
+        by_batch=False,
+        scale=_scale(config, "batch"),
+    )
+
+
+def is_final(config: PreprocessConfig) -> bool:
+    """Values that someone else normalised, or those of an obsm matrix that is no panel of proteins."""
+    return config.processed or (config.obsm is not None and config.profile != "ADT")
+
+
 def _as_it_is(config: PreprocessConfig) -> Recipe:
     """Values that someone else normalised: no filter, the maximum over all cells (SCALEX from 1.0.4 on)."""
     return Recipe(
@@ -155,7 +185,7 @@ def _scale(config: PreprocessConfig, default: str) -> str | None:
 
 
 def _refuse_contradictions(config: PreprocessConfig) -> None:
-    as_it_is = "processed" if config.processed else "obsm" if config.obsm else None
+    as_it_is = ("processed" if config.processed else "obsm") if is_final(config) else None
     for name in ("min_features", "n_top_features"):
         value = getattr(config, name)
         if value is not None and as_it_is and value > 0:
@@ -166,6 +196,11 @@ def _refuse_contradictions(config: PreprocessConfig) -> None:
     if config.genes is not None and config.n_top_features:
         raise UsageError(
             f"n_top_features = {config.n_top_features} beside a list of genes", fix="give one of them"
+        )
+    if config.profile == "ADT" and config.n_top_features:
+        raise UsageError(
+            f"n_top_features = {config.n_top_features}: of a panel of proteins all are taken",
+            fix="a list of them (--genes), to leave some out",
         )
     if config.target_sum <= 0:
         raise UsageError(f"target_sum = {config.target_sum}", fix="a positive number, such as 10000")

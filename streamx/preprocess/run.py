@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 
 from streamx.config import PreprocessConfig, build, parse_bytes
-from streamx.errors import UsageError, warn
+from streamx.errors import BatchError, UsageError, warn
 from streamx.preprocess.cells import chosen_cells
 from streamx.preprocess.drift import statistics_to_keep
 from streamx.preprocess.features import select_features
 from streamx.preprocess.passes import plan_resources
-from streamx.preprocess.recipe import Recipe, make_recipe
+from streamx.preprocess.recipe import Recipe, is_final, make_recipe
 from streamx.preprocess.rows import rows_of
 from streamx.preprocess.update import update_view
 from streamx.preprocess.view import (
@@ -129,6 +129,8 @@ def _plan(
         )
     if config.obsm is None:
         _warn_of_the_wrong_values(store, config)
+    elif config.profile == "ADT":
+        _refuse_unmeasured(store, config)
     memory, threads = parse_bytes(config.memory), thread_count(config.threads)
     rows = rows_of(store, config.obsm)
     names = list(store.var_names) if config.obsm is None else list(store.modalities[config.obsm]["names"])
@@ -152,7 +154,7 @@ def _plan(
         measured_bg=store.measured_bg if config.obsm is None else None,
         allow_unmeasured=config.allow_unmeasured,
         listed=genes,
-        as_it_is=config.processed or config.obsm is not None,
+        as_it_is=is_final(config),
     )
     one_part = len(store.manifest.parts) == 1
     layout = lay_out(selection.kept_n, cells.code_n, cells.batches, folder=folder, shuffled=one_part)
@@ -194,6 +196,19 @@ def _warn_of_the_wrong_values(store: Collection, config: PreprocessConfig) -> No
             "the values are no counts (the store was made with --allow-float), and are normalised again",
             where=str(store.path),
             fix="--processed, if they are normalised already; or convert the counts (--layer)",
+        )
+
+
+def _refuse_unmeasured(store: Collection, config: PreprocessConfig) -> None:
+    """Proteins that are zero throughout a batch were not measured there, and say nothing of its cells."""
+    measured = store.modalities[config.obsm or ""]["measured"]
+    without = [name for name in config.batches or store.batches if not any(measured.get(name, [True]))]
+    if without:
+        with_them = [name for name in store.batches if any(measured.get(name, [True]))]
+        raise BatchError(
+            f"no protein of {config.obsm!r} was measured in {', '.join(without[:5])}",
+            where=str(store.path),
+            fix=f"--batches {' '.join(with_them[:20]) or 'with those that were'}",
         )
 
 

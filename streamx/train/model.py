@@ -62,7 +62,8 @@ class Model:
     drop
         Genes whose name starts so are dropped before anything is counted.
     total
-        What a cell's total counts: ``kept`` or ``all`` genes but the dropped, or the ``selected`` ones.
+        What a cell's total counts: ``kept`` or ``all`` genes but the dropped, or the ``selected`` ones;
+        ``geometric``: no total, but the geometric mean of 1 + x over the panel of proteins.
     scale_bg
         Table of the transform's division, float32 (n_batches, n_genes); None if unknown or unused. It and
         the next three are SCALEX's.

@@ -16,6 +16,7 @@ from streamx.errors import UsageError
 
 CONFIGS = {
     "convert": (config.ConvertConfig,),
+    "activity": (config.ActivityConfig,),
     "preprocess": (config.PreprocessConfig,),
     "train": (config.TrainConfig, *config.NETWORKS.values()),
     "project": (config.ProjectConfig,),
@@ -27,6 +28,7 @@ CONFIGS = {
 }
 POSITIONALS = {
     "convert": "a.h5ad -o store",
+    "activity": "store -o genes",
     "preprocess": "store -o view",
     "train": "view -o model",
     "project": "model a.h5ad -o out",
@@ -133,6 +135,6 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_contract_of_verbs() -> None:
-    names = "convert info verify annotate preprocess train project surgery transfer metrics plot export"
-    names += " report integrate publish fetch simulate demo"
+    names = "convert info verify annotate activity preprocess train project surgery transfer metrics plot"
+    names += " export report integrate publish fetch simulate demo"
     assert [verb.name for verb in VERBS] == names.split()
