@@ -23,6 +23,8 @@ _PUBLIC: dict[str, str] = {
     "surgery": "streamx.surgery:surgery",
     "transfer": "streamx.mapping:transfer",
     "metrics": "streamx.mapping:metrics",
+    "map": "streamx.jobs.call:map_queries",
+    "status": "streamx.jobs.status:status",
     "integrate": "streamx.integrate:integrate",
     "simulate": "streamx.simulate.write:simulate",
     "SCALEX": "streamx.integrate:SCALEX",

@@ -195,8 +195,8 @@ def read_queries(output: str | Path | Location, reference: Cells | None = None) 
 
 
 def transfer(
-    model: str | Path | Location,
-    output: str | Path | Location,
+    model: str | Path | Location | Cells,
+    output: str | Path | Location | Cells,
     config: TransferConfig | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -210,9 +210,9 @@ def transfer(
     Parameters
     ----------
     model
-        Folder that ``train`` wrote.
+        Folder that ``train`` wrote; or its cells (:func:`read_reference`).
     output
-        Folder that ``project`` wrote.
+        Folder that ``project`` wrote; or one of its queries (:func:`read_cells`), taken as it is.
     config, settings
         :class:`~streamx.config.TransferConfig`, or its fields.
 
@@ -224,8 +224,8 @@ def transfer(
         ``accuracy``, ``balanced_accuracy``, ``macro_f1`` and ``n_scored``, over all queries and for each.
     """
     config = _configured(TransferConfig, config, settings)
-    reference = read_reference(model)
-    queries = read_queries(output, reference)
+    reference = model if isinstance(model, Cells) else read_reference(model)
+    queries = [output] if isinstance(output, Cells) else read_queries(output, reference)
     key = config.label_key
     labels = encode_labels(reference.column(key), config.unlabeled)
     truths = [_truth(query, config.truth_key) for query in queries]
@@ -301,8 +301,8 @@ def _write(query: Cells, key: str, found: Transfer) -> None:
 
 
 def metrics(
-    model: str | Path | Location,
-    output: str | Path | Location | None = None,
+    model: str | Path | Location | Cells,
+    output: str | Path | Location | Cells | None = None,
     config: MetricsConfig | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -315,9 +315,10 @@ def metrics(
     Parameters
     ----------
     model
-        Folder that ``train`` wrote.
+        Folder that ``train`` wrote; or its cells (:func:`read_reference`).
     output
-        Folder that ``project`` wrote; None: the reference alone.
+        Folder that ``project`` wrote; or one of its queries (:func:`read_cells`), taken as it is; None: the
+        reference alone.
     config, settings
         :class:`~streamx.config.MetricsConfig`, or its fields.
 
@@ -333,8 +334,11 @@ def metrics(
         raise UsageError(
             "truth_key scores the predictions for mapped cells", fix="name OUT and the label key as well"
         )
-    reference = read_reference(model)
-    queries = [] if output is None else read_queries(output, reference)
+    reference = model if isinstance(model, Cells) else read_reference(model)
+    if isinstance(output, Cells):
+        queries = [output]
+    else:
+        queries = [] if output is None else read_queries(output, reference)
     everyone = [reference, *queries]
     batches = np.concatenate(batches_of(reference, queries, config.batch_key))
     labels = None

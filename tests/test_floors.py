@@ -19,7 +19,7 @@ from streamx.cli.main import VERBS
 
 PACKAGE = Path(streamx.__file__).parent
 
-CORE = {"errors", "schema", "config", "threads", "compiled", "memory"}
+CORE = {"errors", "schema", "config", "threads", "compiled", "memory", "cluster"}
 DATA = CORE | {"store", "preprocess", "loader"}
 
 # room -> rooms of streamx that it may import (itself always)
@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "threads": CORE,
     "compiled": set(),
     "memory": CORE,
+    "cluster": CORE,
     "simulate": CORE | {"store"},
     "store": CORE,
     "preprocess": CORE | {"store"},
@@ -48,6 +49,7 @@ ROOMS: dict[str, set[str]] = {
     "figures": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
     "surgery": DATA | {"models", "train", "query", "project", "mapping"},
+    "jobs": CORE | {"store", "train", "labels", "query", "project", "mapping", "surgery"},
     "arches": DATA | {"models", "posterior", "train", "query", "project", "surgery"},
     "verify": CORE | {"store", "train", "mapping"},
     "integrate": DATA | {"models", "train", "interop", "project", "mapping", "neighbors", "metrics", "plots"},
@@ -66,6 +68,7 @@ ROOMS: dict[str, set[str]] = {
         "figures",
         "plots",
         "demo",
+        "jobs",
     }
     | {"simulate"},
 }

@@ -129,6 +129,22 @@ class Folder:
             raise LockedError("another process has written here", where=f"{self.root}/{key}")
         self.write(key, data)
 
+    def create(self, key: str, data: bytes) -> bool:
+        target = self.path(key)
+        tmp = target.parent / f".{os.getpid()}-{threading.get_ident():x}.new"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            tmp.write_bytes(data)
+            os.link(tmp, target)  # unlike a rename, fails where there is one
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise storage_error(error, f"{self.root}/{key}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                tmp.unlink()
+
     def put_tree(self, produce: Callable[[Put], None]) -> None:
         partial = Folder(self.root.with_name(f".{self.root.name}.partial"))
         shutil.rmtree(partial.root, ignore_errors=True)
