@@ -82,10 +82,8 @@ def _write(path: Path, call: dict[str, Any]) -> Result:
 
     settings = {name: value for name, value in call.items() if name not in ("reference", "queries", "output")}
     job, queries = begin_job(call["reference"], call["queries"], call["output"], settings)
-    places = {"reference": job.reference, "output": job.output}
-    call |= {
-        name: str(place if place.shared else Path(place.root).absolute()) for name, place in places.items()
-    }
+    for name, place in {"reference": job.reference, "output": job.output}.items():
+        call[name] = str(place if place.shared else Path(place.root).absolute())
     call["queries"] = {query["name"]: query["source"] for query in queries}
     path.write_text(as_json(call) + "\n")
     return {"plan": str(path), "path": call["output"], "n_queries": len(queries), "queries": []}
@@ -107,8 +105,8 @@ def exit_code(result: Result) -> int:
 
 VERB = Verb(
     name="map",
-    help="map many query files onto a reference, label and score them, several at once; run again, it goes on "
-    "where it was",
+    help="map many query files onto a reference, label and score them, several at once; run again, it goes "
+    "on where it was",
     example="  streamx map model incoming/*.h5ad -o mapped --label-key cell_type --workers 4\n"
     "  streamx map model incoming/*.h5ad -o mapped --plan job.json\n"
     "  sbatch --array=1-16 --wrap 'streamx map --plan job.json --task $SLURM_ARRAY_TASK_ID/16'",

@@ -46,7 +46,7 @@ def map_queries(
 ) -> dict[str, Any]:
     """Map queries onto a reference, label and score them: many at once, one output each.
 
-    Of each query that is finished nothing is done again, whatever was killed meanwhile; the same call goes on.
+    Whatever is killed meanwhile, the same call goes on, and does nothing again of a query that is finished.
     A query that can't be mapped is recorded with its error, the others go on; the next call tries it again.
     Several calls on one output, also on several machines, share the queries. What comes out is the same, bit
     by bit, for any number of workers.
@@ -62,8 +62,8 @@ def map_queries(
     task
         ``"i/n"``: only the i-th of n parts of the queries, as a task of a cluster's array.
     dask
-        A ``distributed`` client, the address of a scheduler, ``"local"`` or ``"local:N"``: its workers map. They
-        have to see the same files.
+        A ``distributed`` client, the address of a scheduler, ``"local"`` or ``"local:N"``: its workers map.
+        They have to see the same files.
     settings
         Fields of :class:`~streamx.config.MapConfig`, and of the configs of its steps:
         :class:`~streamx.config.ProjectConfig`, :class:`~streamx.config.TransferConfig`,
@@ -134,15 +134,11 @@ def _way(job: Job, client: Any, n_queries: int) -> AbstractContextManager[Spread
 
 
 def _map_all(job: Job, queries: Sequence[Query], way: AbstractContextManager[Spread], progress: bool) -> None:
-    """All queries to their end; those that other processes have are waited for, and taken over if these die."""
+    """All queries to their end; what other processes have is waited for, and taken over if these die."""
     out = job.output
     waiting = [query for query in queries if not finished(out, query["name"])]
-    bar = tqdm(
-        total=len(queries),
-        initial=len(queries) - len(waiting),
-        unit="query",
-        disable=None if progress else True,
-    )
+    before = len(queries) - len(waiting)
+    bar = tqdm(total=len(queries), initial=before, unit="query", disable=None if progress else True)
     with bar, way as spread:
         while waiting:
             busy = []
@@ -168,20 +164,21 @@ def _fail(job: Job, query: Query, error: dict[str, Any]) -> None:
 def _extend(job: Job, queries: Sequence[Query], progress: bool) -> None:
     """One model with the batches of all queries, added in their order."""
     out, seen = job.output, Seen()
-    assert job.steps.surgery is not None
     while True:
         with claimed(out, UPDATED, seen) as ours:
-            if ours:
-                for query in queries:
-                    if finished(out, query["name"]):
-                        continue
-                    try:
-                        inputs = {query["name"]: query["source"]}
-                        surgery(
-                            job.reference, inputs, out.below(UPDATED), progress=progress, **job.steps.surgery
-                        )
-                    except Exception as error:
-                        log.error("%s: %s", query["name"], error)
-                        _fail(job, query, error_of(error))
-                return
+            for query in queries if ours else ():
+                if not finished(out, query["name"]):
+                    _add(job, query, progress)
+        if ours:
+            return
         time.sleep(POLL_SECONDS)
+
+
+def _add(job: Job, query: Query, progress: bool) -> None:
+    assert job.steps.surgery is not None
+    inputs, updated = {query["name"]: query["source"]}, job.output.below(UPDATED)
+    try:
+        surgery(job.reference, inputs, updated, progress=progress, **job.steps.surgery)
+    except Exception as error:
+        log.error("%s: %s", query["name"], error)
+        _fail(job, query, error_of(error))

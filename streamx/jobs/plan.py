@@ -95,7 +95,7 @@ def steps_of(settings: Mapping[str, Any]) -> Steps:
     found: dict[str, Any] = {}
     shared = {"label_key": config.label_key, "memory": config.memory, "threads": config.threads}
     for step, kind in kinds.items():
-        mine = {name: value for name, value in (settings | shared).items() if name in known[step]}
+        mine = {name: value for name, value in {**settings, **shared}.items() if name in known[step]}
         if step in wanted:
             build(kind, mine)  # says what is wrong before anything runs
         found[step] = mine if step in wanted else None

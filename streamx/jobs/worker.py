@@ -1,7 +1,7 @@
 """A process that maps one query after the other, as the coordinator names them on stdin.
 
-A line each: first the job, then a query at a time (pickles in base64); answered by ``ready``, then ``done`` or
-``busy``. It ends when the coordinator closes stdin, or has died.
+A line each: first the job, then a query at a time (pickles in base64); answered by ``ready``, then ``done``
+or ``busy``. It ends when the coordinator closes stdin, or has died.
 """
 
 from __future__ import annotations
