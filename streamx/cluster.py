@@ -9,6 +9,8 @@ from typing import Any
 from streamx.errors import StorageError, UsageError
 from streamx.threads import thread_count
 
+CONNECT_SECONDS = 30
+
 
 @contextlib.contextmanager
 def client_of(dask: Any) -> Iterator[Any]:
@@ -48,7 +50,7 @@ def client_of(dask: Any) -> Iterator[Any]:
     if "://" not in dask:
         raise UsageError(f"dask = {dask!r}", fix="local, local:N, or an address as tcp://host:8786")
     try:
-        client = Client(dask, timeout=30)
+        client = Client(dask, timeout=CONNECT_SECONDS)
     except (OSError, ValueError) as error:
         raise StorageError(
             f"no dask scheduler answers ({error})", where=dask, fix="start one: dask scheduler"
