@@ -1,13 +1,21 @@
-"""A dask cluster that does the work, where one is asked for."""
+"""A dask cluster that does the work, where one is asked for or a client is active.
+
+Its workers see the same files. One that dies costs what it was doing, which dask gives to another.
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
-from streamx.errors import StorageError, UsageError
-from streamx.threads import thread_count
+from tqdm.auto import tqdm
+
+from streamx.errors import ResourceError, StorageError, UsageError
+from streamx.threads import run_all, thread_count
+
+T = TypeVar("T")
 
 CONNECT_SECONDS = 30
 
@@ -57,3 +65,59 @@ def client_of(dask: Any) -> Iterator[Any]:
         ) from None
     with client:
         yield client
+
+
+def active_client() -> Any:
+    """The ``distributed`` client that is active here, or None; None also inside a task of one.
+
+    A task that waited for others would keep the thread that these need.
+    """
+    distributed = sys.modules.get("distributed")  # who has a client has imported it
+    if distributed is None:
+        return None
+    with contextlib.suppress(ValueError):
+        distributed.get_worker()
+        return None
+    try:
+        return distributed.get_client()
+    except ValueError:
+        return None
+
+
+def run_spread(
+    tasks: Sequence[Callable[[], T]], portable: Sequence[bool], threads: int, progress: str
+) -> list[T]:
+    """As :func:`streamx.threads.run_all`, on the workers of the active client, where there is one.
+
+    Parameters
+    ----------
+    portable
+        Of each task, whether it can be sent to another process; the others run here, on threads.
+
+    Raises
+    ------
+    ResourceError
+        If workers die over the same task again and again.
+    """
+    client = active_client()
+    if client is None:
+        return run_all(tasks, threads, progress)
+    from distributed import KilledWorker, as_completed
+
+    sent = {client.submit(tasks[at], pure=False): at for at in range(len(tasks)) if portable[at]}
+    stay = [at for at in range(len(tasks)) if not portable[at]]
+    try:
+        here = run_all([tasks[at] for at in stay], threads, progress)
+        found = dict(zip(stay, here, strict=True))
+        with tqdm(total=len(sent), desc=progress, disable=None, leave=False) as bar:
+            # each result at once: one that lies on a worker is lost with it, and made again
+            for future, result in as_completed(list(sent), with_results=True):
+                found[sent[future]] = result
+                bar.update()
+        return [found[at] for at in range(len(tasks))]
+    except KilledWorker as error:
+        raise ResourceError(
+            f"workers of the cluster died: {error}", fix="give them more memory, then run it again"
+        ) from None
+    finally:
+        client.cancel(list(sent))

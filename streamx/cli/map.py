@@ -11,7 +11,7 @@ from typing import Any
 from streamx.cli.show import as_json
 from streamx.cli.status import show
 from streamx.cli.surgery import MOVING
-from streamx.cli.verb import Result, Verb, add_settings, given
+from streamx.cli.verb import Result, Verb, add_dask, add_settings, given
 from streamx.config import (
     FreezeConfig,
     MapConfig,
@@ -41,11 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files, globs and folders, each file a query; NAME=FILE names one",
     )
     parser.add_argument("-o", "--output", metavar="OUT", help="folder for all that is found")
-    parser.add_argument(
-        "--dask",
-        metavar="ADDRESS",
-        help="map on the workers of a dask cluster: tcp://host:8786, or local:N to start N here",
-    )
+    add_dask(parser)
     parser.add_argument(
         "--plan", metavar="FILE", help="write the job to a JSON file and stop; with --task, run it from there"
     )

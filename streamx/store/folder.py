@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,6 +44,10 @@ class Folder:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Folder) and self.root == other.root
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which may work in another folder."""
+        return {"root": self.root.absolute(), "tmp": self.tmp and self.tmp.absolute()}
 
     def __hash__(self) -> int:
         return hash(self.root)

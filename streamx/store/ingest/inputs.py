@@ -6,7 +6,7 @@ import glob
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,10 @@ def open_sources(
             request = Request(
                 key, location_of(item, key), layer, modality, Path(scratch) / f"{key}.spill", memory
             )
-            sources.append(pool.keep(partial(open_one, item, request)))
+            source = pool.keep(partial(open_one, item, request))
+            if source.reopens and isinstance(item, Path):
+                source = replace(source, opener=(_opened, (item.absolute(), request)))
+            sources.append(source)
         except StreamxError as error:
             if failed is not None and isinstance(error, InputError):
                 failed.append(error)
@@ -87,6 +90,12 @@ def open_sources(
                 source.close()
             raise
     return sources
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path, request: Request) -> Source:
+    """One source per process and file."""
+    return replace(open_one(path, request), opener=(_opened, (path, request)))
 
 
 def expand(item: Any) -> list[Any]:
