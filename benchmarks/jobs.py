@@ -4,10 +4,10 @@
 
 Two samples of kang_muscat are the reference (SCALEX); half of the queries are 200 cells of the other two,
 half are simulated: Poisson counts of the reference's types under a batch effect of their own. `streamx map`
-runs with one worker and with two (CPU seconds of all processes, wall), on a local dask cluster, then killed
-with SIGKILL at random moments, in turn one of its workers and the coordinator, and run again until it ends;
-then with everything in a bucket (moto). Each must leave the bytes of the first. One JSON line each, appended
-to results/jobs.jsonl.
+runs with one worker and with two (CPU seconds of all processes, wall), on a local dask cluster and with
+everything in a bucket (moto); and killed with SIGKILL at random moments and run again until it ends: in forks
+of a process that has imported everything, and on two workers, there in turn one of these and the coordinator.
+Each must leave the bytes of the first. One JSON line each, appended to results/jobs.jsonl.
 """
 
 from __future__ import annotations
@@ -103,19 +103,20 @@ def measured(words: list[str], interrupt: Callable[[subprocess.Popen[bytes]], bo
     return {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(cpu, 1), "kills": kills}
 
 
+def records(out: Path) -> int:
+    return len(list(out.glob("records/*.json")))
+
+
 def killer(out: Path, wanted: int, seed: int) -> Callable[[subprocess.Popen[bytes]], bool]:
     """Kills, in turn, a worker and the coordinator, at random moments after one more query was recorded."""
     rng, done = random.Random(seed), [0]
-
-    def records() -> int:
-        return len(list(out.glob("records/*.json")))
 
     def interrupt(process: subprocess.Popen[bytes]) -> bool:
         if done[0] == wanted:
             process.wait()
             return False
-        before = records()
-        while process.poll() is None and records() == before:
+        before = records(out)
+        while process.poll() is None and records(out) == before:
             time.sleep(0.02)
         time.sleep(rng.uniform(0, 1.5))
         if process.poll() is not None:
@@ -129,6 +130,33 @@ def killer(out: Path, wanted: int, seed: int) -> Callable[[subprocess.Popen[byte
         return True
 
     return interrupt
+
+
+def killed_forks(model: str, files: list[str], out: Path, wanted: int, seed: int) -> dict[str, Any]:
+    """The job in forks of this process, which has imported all: each is killed in the midst of a query."""
+    import streamx as sx
+
+    settings = {"label_key": "cell_type", "truth_key": "cell_type", "min_query_cells": 100}
+    settings |= {"max_cells": 1000, "resolution": "1", "progress": False}
+    rng, kills, begun = random.Random(seed), 0, time.monotonic()
+    sx.map(model, files[:1], out.with_name("warm"), **settings)
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            sx.map(model, files, out, **settings)
+            os._exit(0)
+        before = records(out)
+        while kills < wanted and records(out) < before + 2 and os.waitpid(pid, os.WNOHANG) == (0, 0):
+            time.sleep(0.02)
+        if kills == wanted:
+            os.waitpid(pid, 0)
+            return {"wall_s": round(time.monotonic() - begun, 1), "kills": kills}
+        time.sleep(rng.uniform(0, 3))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        kills += 1
 
 
 def in_a_bucket(folder: Path, words: Callable[[str, list[str], str], list[str]], out: Path) -> Any:
@@ -177,6 +205,8 @@ def main() -> None:
     )
     parser.add_argument("--queries", type=int, default=100, metavar="N")
     parser.add_argument("--kills", type=int, default=20, metavar="N")
+    parser.add_argument("--killed-queries", type=int, default=100, metavar="N", help="with two workers")
+    parser.add_argument("--worker-kills", type=int, default=20, metavar="N", help="with two workers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -204,9 +234,14 @@ def main() -> None:
         model, out = str(folder / "model"), folder / "whole"
         say("1 worker", measured(words(model, files, str(out))), None)
         whole = digests(out)
-        interrupt = killer(folder / "killed", args.kills, args.seed)
-        found = measured(words(model, files, str(folder / "killed"), "--workers", "2"), interrupt)
-        say("2 workers, killed", found, digests(folder / "killed") == whole)
+        found = killed_forks(model, files, folder / "forks", args.kills, args.seed)
+        say("this process, killed", found, digests(folder / "forks") == whole)
+        some, killed = files[: args.killed_queries], folder / "killed"
+        interrupt = killer(killed, args.worker_kills, args.seed)
+        found = measured(words(model, some, str(killed), "--workers", "2"), interrupt)
+        theirs = {name: digest for name, digest in digests(killed).items() if name != "map.json"}
+        same = theirs == {name: whole[name] for name in theirs} and records(killed) == len(some)
+        say("2 workers, killed", found | {"queries": len(some)}, same)
         for way, more in (("2 workers", ["--workers", "2"]), ("dask local:2", ["--dask", "local:2"])):
             found = measured(words(model, files, str(folder / "other"), *more))
             say(way, found, digests(folder / "other") == whole)
