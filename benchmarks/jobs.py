@@ -148,15 +148,15 @@ def killed_forks(model: str, files: list[str], out: Path, wanted: int, seed: int
             sx.map(model, files, out, **settings)
             os._exit(0)
         before = records(out)
-        while kills < wanted and records(out) < before + 2 and os.waitpid(pid, os.WNOHANG) == (0, 0):
+        while kills < wanted and records(out) == before:
             time.sleep(0.02)
-        if kills == wanted:
-            os.waitpid(pid, 0)
+        if kills < wanted:
+            time.sleep(rng.uniform(0, 1.5))
+            os.kill(pid, signal.SIGKILL)
+        _, ended_by = os.waitpid(pid, 0)
+        kills += ended_by == signal.SIGKILL
+        if ended_by == 0:
             return {"wall_s": round(time.monotonic() - begun, 1), "kills": kills}
-        time.sleep(rng.uniform(0, 3))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        kills += 1
 
 
 def in_a_bucket(folder: Path, words: Callable[[str, list[str], str], list[str]], out: Path) -> Any:

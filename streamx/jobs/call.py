@@ -16,7 +16,7 @@ from streamx.cluster import client_of
 from streamx.errors import SettingsChangedError, UsageError
 from streamx.jobs.claims import Seen, claimed, sweep
 from streamx.jobs.plan import PLAN, UPDATED, make_plan, parse_part, part_of, steps_of
-from streamx.jobs.records import RECORDS, finished, forget_failed, read_plan
+from streamx.jobs.records import RECORDS, check_inputs, finished, forget_failed, read_plan
 from streamx.jobs.run import Job, error_of, forget
 from streamx.jobs.spread import Query, Spread, in_turn, on_dask, on_workers
 from streamx.jobs.status import status
@@ -77,7 +77,8 @@ def map_queries(
     Raises
     ------
     SettingsChangedError
-        If the output was planned with another reference, other settings or queries; names the field.
+        If the output was planned with another reference, other settings or queries, or the file of a finished
+        query has changed; names the field.
     """
     job, planned = begin_job(reference, queries, output, settings)
     mine = planned if task is None else part_of(planned, *parse_part(task))
@@ -86,6 +87,7 @@ def map_queries(
         raise UsageError(
             "incremental surgery goes through the queries in their order", fix="leave the task out"
         )
+    check_inputs(job.output, mine)
     forget_failed(job.output, names)
     try:
         if job.steps.map.surgery == "incremental":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import socket
@@ -18,7 +19,7 @@ import numpy as np
 from streamx.errors import IntegrityError, StreamxError, StreamxWarning
 from streamx.jobs.claims import Seen, claimed
 from streamx.jobs.plan import UPDATED, Steps
-from streamx.jobs.records import RECORDS, TIMINGS, finished
+from streamx.jobs.records import RECORDS, TIMINGS, finished, stamp
 from streamx.labels import encode_labels
 from streamx.mapping import REFERENCE, Cells, metrics, read_cells, read_reference, transfer
 from streamx.memory import give_back, peak_rss_bytes, reset_peak
@@ -78,6 +79,7 @@ def map_query(job: Job, query: Mapping[str, Any]) -> bool:
             "peak_rss_bytes": peak_rss_bytes(),
             "host": socket.gethostname(),
             "worker": os.getpid(),
+            "stamps": [stamp(source) for source in query["source"]],
         }
         out.write(f"{TIMINGS}/{name}.json", dump(spent))
         out.write(f"{RECORDS}/{name}.json", dump(record))
@@ -117,6 +119,8 @@ def _mapped(job: Job, query: Mapping[str, Any]) -> dict[str, Any]:
     report = project(model, {name: source}, out, progress=False, **steps.project)[0]
     cells = read_cells(out.below(f"{name}.zarr"), name)
     found = {key: report[key] for key in ("n_cells", "n_passed", "gene_overlap", "n_genes_found")}
+    fingerprint = json.loads(str(np.asarray(cells.group["uns/streamx/fingerprint"][()]).item()))  # type: ignore[index]
+    found["inputs"] = fingerprint["inputs"]
     found |= {"model": model.id, "surgery": learnt, "labels": None, "transfer": None, "metrics": None}
     found["batches"] = _counts(_batches(cells, steps.project.get("batch_key")))
     if steps.transfer is not None and reference is not None:

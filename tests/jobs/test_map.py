@@ -154,6 +154,28 @@ def test_a_query_that_fails_is_recorded(
     assert record(out, "broken")["error"] is None
 
 
+def test_a_file_that_has_changed(reference: Path, files: list[str], tmp_path: Path) -> None:
+    model, mine = place_beside(tmp_path / "out", reference), tmp_path / "mine.h5ad"
+    shutil.copyfile(files[0], mine)
+    settings = {"metrics": False, "min_query_cells": 20}
+    sx.map(model, [mine], tmp_path / "out", **settings, **QUIET)
+    os.utime(mine, (1, 1))  # the same bytes
+    assert sx.map(model, [mine], tmp_path / "out", **settings, **QUIET)["done"] == 1
+    shutil.copyfile(files[1], mine)
+    with pytest.raises(SettingsChangedError, match="its file has changed"):
+        sx.map(model, [mine], tmp_path / "out", **settings, **QUIET)
+
+
+def test_files_of_one_name(reference: Path, files: list[str], tmp_path: Path) -> None:
+    for number in range(2):
+        home = tmp_path / f"run{number}" / "outs"
+        home.mkdir(parents=True)
+        shutil.copyfile(files[number], home / "cells.h5ad")
+    found = sx.map(reference, tmp_path / "run*" / "outs" / "*.h5ad", tmp_path / "out", metrics=False, **QUIET)
+    assert [row["name"] for row in found["queries"]] == ["run0_outs_cells", "run1_outs_cells"]
+    assert found["done"] == 2
+
+
 @pytest.mark.parametrize("fails_at", [1, 4, 23, 44, 61, 75, 83, 90])
 def test_stopped_at_any_write(
     reference: Path,

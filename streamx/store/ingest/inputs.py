@@ -164,7 +164,9 @@ def stem(path: Path) -> str:
 
 
 def unique_keys(inputs: list[tuple[Any, str | None]]) -> list[tuple[str, Any]]:
-    """Keys and inputs, sorted by key: the name given, else the stem, else folder and stem."""
+    """Keys and inputs, sorted by key: the name given, else the stem, where that is not unique with as many of
+    its folders in front as it takes.
+    """
     given = [item for item, _ in inputs]
     inputs = [(item.path if isinstance(item, Remote) else item, name) for item, name in inputs]
     unnamed = [item for item, name in inputs if name is None and not isinstance(item, Path)]
@@ -176,10 +178,12 @@ def unique_keys(inputs: list[tuple[Any, str | None]]) -> list[tuple[str, Any]]:
         else:
             at = next(i for i, other in enumerate(unnamed) if other is item)
             keys.append("adata" if len(unnamed) == 1 else f"adata{at + 1:0{width}d}")
-    times = Counter(keys)
-    for i, (item, name) in enumerate(inputs):
-        if times[keys[i]] > 1 and name is None and isinstance(item, Path):
-            keys[i] = f"{item.resolve().parent.name}_{keys[i]}"
+    for depth in range(max((len(item.parts) for item, _ in inputs if isinstance(item, Path)), default=0)):
+        times = Counter(keys)
+        for i, (item, name) in enumerate(inputs):
+            if times[keys[i]] > 1 and name is None and isinstance(item, Path):
+                folders = item.resolve().parts[1:-1]
+                keys[i] = "_".join([*folders[-1 - depth :], stem(item)])
     first: dict[str, Any] = {}
     for key, item in zip(keys, given, strict=True):
         if key in first:
