@@ -46,7 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan", metavar="FILE", help="write the job to a JSON file and stop; with --task, run it from there"
     )
     parser.add_argument(
-        "--task", metavar="I/N", help="only the I-th of N parts, as a task of a cluster's array"
+        "--task",
+        metavar="I/N",
+        help="only the I-th of N parts: of a Slurm array, --task $SLURM_ARRAY_TASK_ID/16",
     )
     add_settings(parser, MapConfig)
     taken = [*NOT_HERE, *(setting.name for setting in fields(MapConfig))]
@@ -92,6 +94,8 @@ def _read(path: Path) -> dict[str, Any]:
         raise UsageError(
             f"can't be read: {error}", where=str(path), fix="write it by the same command without --task"
         ) from None
+    if not isinstance(call, dict) or not {"reference", "queries", "output"} <= call.keys():
+        raise UsageError("is no plan of a job", where=str(path), fix="streamx map ... --plan FILE writes one")
     return {name: tuple(value) if isinstance(value, list) else value for name, value in call.items()}
 
 
@@ -105,7 +109,7 @@ VERB = Verb(
     "on where it was",
     example="  streamx map model incoming/*.h5ad -o mapped --label-key cell_type --workers 4\n"
     "  streamx map model incoming/*.h5ad -o mapped --plan job.json\n"
-    "  sbatch --array=1-16 --wrap 'streamx map --plan job.json --task $SLURM_ARRAY_TASK_ID/16'",
+    "  streamx map --plan job.json --task 3/16",
     add_arguments=add_arguments,
     run=run,
     show=show,

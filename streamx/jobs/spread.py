@@ -136,10 +136,7 @@ def on_dask(job: Job, client: Any) -> Iterator[Spread]:
 def _submit(job: Job, queries: Sequence[Query], client: Any) -> Iterator[tuple[Query, bool | str]]:
     from distributed import as_completed
 
-    futures = {
-        client.submit(map_query, job, query, key=f"map-{query['name']}-{id(queries)}", pure=False): query
-        for query in queries
-    }
+    futures = {client.submit(map_query, job, query, pure=False): query for query in queries}
     try:
         for future in as_completed(list(futures)):
             error = future.exception()

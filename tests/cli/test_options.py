@@ -129,6 +129,6 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_contract_of_verbs() -> None:
-    names = "convert info verify annotate preprocess train project surgery transfer metrics plot integrate"
-    names += " simulate demo"
+    names = "convert info verify annotate preprocess train project surgery transfer metrics plot map status"
+    names += " integrate simulate demo"
     assert [verb.name for verb in VERBS] == names.split()
