@@ -110,9 +110,9 @@ def run_spread(
         here = run_all([tasks[at] for at in stay], threads, progress)
         found = dict(zip(stay, here, strict=True))
         with tqdm(total=len(sent), desc=progress, disable=None, leave=False) as bar:
-            # each result at once: one that lies on a worker is lost with it, and made again
-            for future, result in as_completed(list(sent), with_results=True):
-                found[sent[future]] = result
+            for future in as_completed(list(sent)):
+                # at once: a result that lies on a worker is lost with it, and made again
+                found[sent[future]] = future.result()
                 bar.update()
         return [found[at] for at in range(len(tasks))]
     except KilledWorker as error:

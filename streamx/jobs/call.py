@@ -80,13 +80,14 @@ def map_queries(
         If the output was planned with another reference, other settings or queries, or the file of a finished
         query has changed; names the field.
     """
-    job, planned = begin_job(reference, queries, output, settings)
-    mine = planned if task is None else part_of(planned, *parse_part(task))
-    names = [query["name"] for query in mine]
-    if job.steps.map.surgery == "incremental" and task is not None:
+    part = (1, 1) if task is None else parse_part(task)
+    if settings.get("surgery") == "incremental" and task is not None:
         raise UsageError(
             "incremental surgery goes through the queries in their order", fix="leave the task out"
         )
+    job, planned = begin_job(reference, queries, output, settings)
+    mine = part_of(planned, *part)
+    names = [query["name"] for query in mine]
     check_inputs(job.output, mine)
     forget_failed(job.output, names)
     try:
