@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import anndata as ad
 import pandas as pd
@@ -12,6 +13,14 @@ from views import make_counts, write_view
 from streamx.train.run import train
 
 N_GENES = 40
+SETTINGS: dict[str, Any] = {  # of a job whose queries are small
+    "label_key": "type",
+    "truth_key": "type",
+    "min_query_cells": 20,
+    "max_cells": 200,
+    "resolution": "1",
+    "progress": False,
+}
 
 
 def make_reference(folder: Path, model: str = "scalex") -> Path:

@@ -7,21 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mapping_jobs import make_queries, make_reference
+from mapping_jobs import SETTINGS, make_queries, make_reference
 
 import streamx as sx
 from streamx.errors import StorageError
 from streamx.jobs.claims import claimed, held
 from streamx.store.bucket import Bucket
 from streamx.store.location import Location, open_location
-
-SETTINGS: dict[str, Any] = {
-    "label_key": "type",
-    "min_query_cells": 20,
-    "max_cells": 200,
-    "resolution": "1",
-    "progress": False,
-}
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mapping_jobs import digests, make_queries, make_reference
+from mapping_jobs import SETTINGS, digests, make_queries, make_reference
 
 import streamx as sx
 from streamx.cluster import active_client, client_of, run_spread
@@ -22,14 +22,6 @@ from streamx.preprocess import view
 from streamx.store.folder import Folder
 
 distributed = pytest.importorskip("distributed")
-
-SETTINGS: dict[str, Any] = {
-    "label_key": "type",
-    "min_query_cells": 20,
-    "max_cells": 200,
-    "resolution": "1",
-    "progress": False,
-}
 
 
 def test_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,6 +43,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(900)  # a cluster is several processes that import everything
 def test_a_job_whose_worker_is_killed(home: Path) -> None:
     files = sorted((home / "queries").iterdir())
     sx.map(home / "model", files, home / "whole", **SETTINGS)
@@ -92,6 +85,7 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.timeout(900)
 def test_convert_and_preprocess_while_workers_are_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import anndata as ad
 import numpy as np
 import pytest
-from mapping_jobs import digests, make_queries, make_reference
+from mapping_jobs import SETTINGS, digests, make_queries, make_reference
 
 import streamx as sx
 from streamx.cli.main import main
@@ -27,13 +27,6 @@ from streamx.jobs import run, spread
 from streamx.jobs.claims import claimed, held
 from streamx.store.folder import Folder
 
-SETTINGS: dict[str, Any] = {
-    "label_key": "type",
-    "truth_key": "type",
-    "min_query_cells": 20,
-    "max_cells": 200,
-    "resolution": "1",
-}
 QUIET: dict[str, Any] = {"progress": False}
 
 
@@ -57,7 +50,7 @@ def whole(reference: Path, files: list[str], tmp_path_factory: pytest.TempPathFa
     """The job, uninterrupted; its neighbours in the folder are as in the tests below."""
     out = tmp_path_factory.mktemp("whole") / "out"
     place_beside(out, reference)
-    sx.map(out.parent / "model", files, out, **SETTINGS, **QUIET)
+    sx.map(out.parent / "model", files, out, **SETTINGS)
     return out
 
 
@@ -104,7 +97,7 @@ def test_status_and_a_second_call(
 ) -> None:
     before = digests(whole)
     monkeypatch.setattr(run, "_mapped", lambda *_: pytest.fail("a finished query is mapped again"))
-    found = sx.map(whole.parent / "model", files, whole, **SETTINGS, **QUIET)
+    found = sx.map(whole.parent / "model", files, whole, **SETTINGS)
     assert digests(whole) == before
     assert (found["n_queries"], found["done"], found["failed"], found["n_cells"]) == (4, 4, 0, 240)
     assert main(["status", str(whole), "--json"]) == 0
@@ -117,9 +110,9 @@ def test_status_and_a_second_call(
 def test_what_was_planned_stays(whole: Path, files: list[str], tmp_path: Path) -> None:
     model = whole.parent / "model"
     with pytest.raises(SettingsChangedError, match=r"settings\.project\.min_features: null -> 1"):
-        sx.map(model, files, whole, **SETTINGS, **QUIET, min_features=1)
+        sx.map(model, files, whole, **SETTINGS, min_features=1)
     with pytest.raises(SettingsChangedError, match="queries"):
-        sx.map(model, files[:2], whole, **SETTINGS, **QUIET)
+        sx.map(model, files[:2], whole, **SETTINGS)
     with pytest.raises(UsageError, match="no obs column 'nothing'"):
         sx.map(model, files, tmp_path / "out", label_key="nothing", **QUIET)
     assert not (tmp_path / "out").exists()
@@ -198,11 +191,11 @@ def test_stopped_at_any_write(
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write", dies)
         with pytest.raises(KeyboardInterrupt):
-            sx.map(model, files, out, **SETTINGS, **QUIET)
+            sx.map(model, files, out, **SETTINGS)
     states = [row["status"] for row in sx.status(out)["queries"]]
     assert set(states) <= {"done", "waiting"}
     assert "waiting" in states
-    sx.map(model, files, out, **SETTINGS, **QUIET)
+    sx.map(model, files, out, **SETTINGS)
     assert digests(out) == digests(whole)
 
 
@@ -238,7 +231,7 @@ def test_what_another_process_has_is_waited_for(
         return mapping(job, query)
 
     monkeypatch.setattr(run, "_mapped", noted)
-    call = threading.Thread(target=sx.map, args=(model, files, out), kwargs=SETTINGS | QUIET)
+    call = threading.Thread(target=sx.map, args=(model, files, out), kwargs=SETTINGS)
     with claimed(Folder(out), "q01", {}), claimed(Folder(out), "q02", {}):
         call.start()
         assert wait_for(lambda: (out / "records" / "q03.json").exists())
@@ -266,6 +259,7 @@ def wait_for(happens: Callable[[], Any], process: subprocess.Popen[bytes] | None
     return None
 
 
+@pytest.mark.timeout(900)
 def test_a_worker_and_the_coordinator_are_killed(
     reference: Path, files: list[str], whole: Path, tmp_path: Path
 ) -> None:
@@ -289,7 +283,7 @@ def test_a_worker_and_the_coordinator_are_killed(
     process.kill()
     process.wait()
     assert sx.status(out)["done"] < 4
-    found = sx.map(model, files, out, **SETTINGS, **QUIET)
+    found = sx.map(model, files, out, **SETTINGS)
     assert found["done"] == 4
     assert digests(out) == digests(whole)
 
