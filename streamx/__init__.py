@@ -25,6 +25,7 @@ _PUBLIC: dict[str, str] = {
     "metrics": "streamx.mapping:metrics",
     "map": "streamx.jobs.call:map_queries",
     "status": "streamx.jobs.status:status",
+    "export": "streamx.export:export",
     "integrate": "streamx.integrate:integrate",
     "simulate": "streamx.simulate.write:simulate",
     "SCALEX": "streamx.integrate:SCALEX",

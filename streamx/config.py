@@ -374,6 +374,15 @@ class DifferentialConfig:
         (), "levels of highest-density intervals of fold changes", many=True
     )
     batch_correction: bool = option(False, "decode the cells of both groups as the same batches")
+    relative_to: str = option(
+        "total",
+        "what a gene's expression is relative to: total (its share of the cell, as documented), or median "
+        "(the median gene's change counts as none: a large rise of some is no fall of all others)",
+        choices=("total", "median"),
+    )
+    cells_per_draw: int = option(
+        1, "1: cells are compared one by one, as documented; more: means of so many", least=1
+    )
     seed: int = option(0, "seed of draws and pairs", least=0)
 
 
@@ -411,7 +420,7 @@ class TrvaeConfig:
     )
     recon_loss: str = option(
         "nb",
-        "likelihood of the counts: nb, zinb, or mse (squared error of ln(1 + x))",
+        "likelihood of the counts: nb, zinb; or mse (squared error of ln(1 + x)), for normalised values too",
         choices=("mse", "nb", "zinb"),
     )
     beta: float = option(1.0, "weight of the discrepancy", least=0)

@@ -27,6 +27,7 @@ from streamx.store.ingest.inputs import expand, unique_keys
 from streamx.store.obs import Obs
 from streamx.store.order import unique_names
 from streamx.store.scratch import new_array, pieces
+from streamx.train.build import takes_floats
 from streamx.train.model import Model
 
 Found = tuple[list[str] | None, np.ndarray]  # categories and codes (-1: none), or None and numbers
@@ -225,17 +226,18 @@ def read_blocks(query: Query, model: Model, config: ProjectConfig, memory: int) 
     Raises
     ------
     BadValuesError
-        At the first value that is no count (unless ``allow_float``).
+        At the first value that is no count (unless ``allow_float``, or the model takes others).
     EmptyError
         At the end, if no cell passed; names a limit that would work.
     """
     least = model.min_features if config.min_features is None else config.min_features
+    allow_float = config.allow_float or takes_floats(getattr(model.module, "config", None))
     first = 0
     for source, gene_map in zip(query.sources, query.maps, strict=True):
         rows = int(min(BLOCK_ROWS, max(64, memory // 4 // (_BYTES_PER_VALUE * source.n_vars))))
         for low in range(0, source.n_obs, rows):
             x_ng = source.read(low, min(low + rows, source.n_obs))
-            check_counts(x_ng, source=source, first_row=low, allow_float=config.allow_float)
+            check_counts(x_ng, source=source, first_row=low, allow_float=allow_float)
             span = slice(first + low, first + low + x_ng.shape[0])
             block, features_n = _filter(x_ng, gene_map, model, least)
             query.n_features_n[span] = features_n

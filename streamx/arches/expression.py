@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -179,11 +179,17 @@ def get_normalized_expression_with_proteins(
         if out is not None:
             _only_means(n_samples, return_mean)
             return write_expression(out, cells.names, columns[0], found, columns[1])
-        parts = [np.concatenate(part, axis=-2) for part in zip(*found, strict=True)]
-        if parts[0].ndim == 3:
-            parts = [np.moveaxis(part, 0, -1) for part in parts]
-        tables = [_table(p, cells.names, c, return_numpy) for p, c in zip(parts, columns, strict=True)]
-        return tables[0], tables[1]
+        genes_ng, proteins_np = map(_joined, zip(*found, strict=True))
+        return (
+            _table(genes_ng, cells.names, columns[0], return_numpy),
+            _table(proteins_np, cells.names, columns[1], return_numpy),
+        )
+
+
+def _joined(blocks: Iterable[Any]) -> np.ndarray:
+    """Blocks of cells as one array; draws, which come first in a block, last (as totalVI's in scvi-tools)."""
+    values = np.concatenate(list(blocks), axis=-2)
+    return np.moveaxis(values, 0, -1) if values.ndim == 3 else values
 
 
 def _only_means(n_samples: int, return_mean: bool) -> None:
@@ -225,10 +231,8 @@ def get_protein_foreground_probability(
             n_samples=n_samples,
             return_mean=return_mean,
         )
-        found = list(foreground_probability(model.module, cells, asked, generator_for(model, seed)))
-        values = np.concatenate(found, axis=-2)
-        values = np.moveaxis(values, 0, -1) if values.ndim == 3 else values
-        return _table(values, cells.names, [model.schema.proteins[p] for p in proteins], return_numpy)
+        found = foreground_probability(model.module, cells, asked, generator_for(model, seed))
+        return _table(_joined(found), cells.names, [model.schema.proteins[p] for p in proteins], return_numpy)
 
 
 def posterior_predictive_sample(
@@ -248,9 +252,7 @@ def posterior_predictive_sample(
     with opened(self.state, adata, indices) as (model, cells):
         asked = Asked(genes=positions_of(gene_list, model.genes, "gene"), n_samples=n_samples)
         found = posterior_predictive(model.module, cells, asked, generator_for(model, seed))
-        blocks = [np.concatenate([p for p in parts if p is not None], axis=-1) for parts in found]
-    counts = np.concatenate(blocks, axis=-2)
-    return counts if n_samples == 1 else np.moveaxis(counts, 0, -1)
+        return _joined(np.concatenate([p for p in parts if p is not None], axis=-1) for parts in found)
 
 
 def get_likelihood_parameters(

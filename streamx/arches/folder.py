@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,7 @@ from streamx.train.counts import latents
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, load_model, read_card, save_weights, seal
 from streamx.train.run import as_csv
+from streamx.train.surgery import measured_in, narrowed
 
 OURS = "arches"  # the entry of the card that is this room's
 ADATA = "adata.h5ad"
@@ -97,8 +99,10 @@ def write_cells(location: Location, model: Model, cells: Collection, digest: str
     """obs and latents of the cells that a model was trained on last, as ``streamx train`` writes them."""
     device = next(model.module.parameters()).device
     columns = columns_of(cells, model.schema, device)
+    module = copy.deepcopy(model.module).cpu()
+    module = narrowed(model.kind, model.schema, module, measured_in(cells, model.schema)).to(device)
     with one_torch_thread():
-        z_nk = latents(model.module, cells, columns, device=device, sparse=model.kind in TAKES_ROWS)
+        z_nk = latents(module, cells, columns, device=device, sparse=model.kind in TAKES_ROWS)
     uns = {"streamx": {"model": digest, "batch_key": cells.batch_key}}
     write_latents(location.below("reference.zarr"), cells.obs, {model.latent_key: z_nk}, uns)
 
@@ -107,7 +111,7 @@ def _as_card(state: State) -> dict[str, Any]:
     surgery = state.surgery
     return {
         "keys": asdict(state.keys),
-        "surgery": None if surgery is None else {"n_new": surgery.n_new, "options": asdict(surgery.options)},
+        "surgery": None if surgery is None else asdict(surgery),
     }
 
 
@@ -133,7 +137,7 @@ def load_state(kind: str, folder: str | Path, data: Any, *, use_cuda: bool) -> S
     state.model, state.trained, state.network = model, True, model.module.config
     if kept.get("surgery"):
         of = TrvaeFreezeConfig if kind == "trvae" else FreezeConfig
-        state.surgery = Surgery(kept["surgery"]["n_new"], of(**kept["surgery"]["options"]))
+        state.surgery = Surgery(**kept["surgery"] | {"options": of(**kept["surgery"]["options"])})
     for name, target in (("history.csv", state.history), ("history-base.csv", state.base)):
         if (Path(folder) / name).is_file():
             target.extend(read_history(Path(folder) / name))
@@ -150,16 +154,16 @@ def keys_in(model: Model) -> Keys:
     return Keys.of(kept["keys"]) if kept else Keys(layer=model.card.get("layer"))
 
 
-def reference_of(reference: Any, kind: str) -> tuple[Model, Keys]:
+def reference_of(reference: Any, kind: str | None = None) -> tuple[Model, Keys]:
     """The model of a trained object, or in a folder, and what its data were called.
 
     Raises
     ------
     UsageError
-        If it is of another kind.
+        If it is of another kind than asked for.
     """
     state = getattr(reference, "state", None)
     model = trained_model(state) if isinstance(state, State) else load_model(reference)
-    if model.kind != kind:
+    if kind not in (None, model.kind):
         raise UsageError(f"the reference is a {model.kind}, not a {kind}", fix=_class_of(model.kind))
     return model, state.keys if isinstance(state, State) else keys_in(model)

@@ -40,14 +40,20 @@ def new_object(kind: str, adata: Any, given: Mapping[str, Any]) -> State:
 
 
 def query_object(
-    kind: str, adata: Any, reference: Any, options: FreezeConfig | TrvaeFreezeConfig, given: Mapping[str, Any]
+    kind: str,
+    adata: Any,
+    reference: Any,
+    options: FreezeConfig | TrvaeFreezeConfig,
+    given: Mapping[str, Any],
+    *,
+    mask_missing: bool,
 ) -> State:
     """A state that begins with a reference, and learns the new batches of other data."""
     (model, expected), (own, others) = reference_of(reference, kind), _taken(given)
     if others:
         raise UsageError(f"unknown option {min(others)!r}")
     state = new_state(kind, _some(adata), **own, otherwise=expected, network=model.module.config)
-    start_query(state, model, options)
+    start_query(state, model, options, mask_missing=mask_missing)
     return state
 
 
@@ -81,6 +87,7 @@ def load_query_data(
     freeze_decoder_first_layer: bool = True,
     freeze_classifier: bool = True,
     unfrozen: bool = False,
+    mask_missing: bool = False,
     **options: Any,
 ) -> Any:
     """A new object that learns the new batches of other data; the reference stays as it is.
@@ -91,6 +98,8 @@ def load_query_data(
         A trained object, or the folder of a model: ours, or one that scvi-tools or scArches saved.
     freeze_dropout, freeze_expression, freeze_batchnorm_encoder, freeze_batchnorm_decoder
         And the others: :class:`~streamx.config.FreezeConfig` says what stays.
+    mask_missing
+        Ours: leave genes that the data lack out of their likelihood, instead of taking them as zero.
     options
         The arguments of :func:`setup_anndata`, where columns have other names than in the reference;
         ``folder``; ``memory``.
@@ -98,7 +107,7 @@ def load_query_data(
     Raises
     ------
     GeneError
-        If the data share less than half of the reference's genes; absent ones count as zero.
+        If the data share less than half of the reference's genes.
     """
     freeze = {
         "freeze_dropout": freeze_dropout,
@@ -112,7 +121,7 @@ def load_query_data(
     found = object.__new__(cls)
     plan = build(FreezeConfig, freeze)
     given = options | {"use_cuda": use_cuda}
-    found.state = query_object(cls.kind, adata, reference_model, plan, given)
+    found.state = query_object(cls.kind, adata, reference_model, plan, given, mask_missing=mask_missing)
     return found
 
 

@@ -50,7 +50,7 @@ _FIXED: dict[str, Any] = {
     "use_stratified_split": False,
     "optimizer": "Adam",
 }
-_GROUPS = ("plan_kwargs", "trainer_kwargs", "train_fun_kwargs")
+_GROUPS = ("plan_kwargs", "trainer_kwargs", "train_fun_kwargs", "datasplitter_kwargs")
 STOPPING_KWARGS: dict[str, dict[str, Any]] = {
     "scvi-tools": {"patience": 15, "threshold": 3.0, "lr_patience": 10, "lr_factor": 0.5, "reduce_lr": False},
     "trvae": {"patience": 20, "threshold": 0.0, "lr_patience": 7, "lr_factor": 0.1, "reduce_lr": True},
@@ -59,6 +59,11 @@ STOPPING_KWARGS: dict[str, dict[str, Any]] = {
 
 def training_settings(kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of :class:`~streamx.config.TrainConfig` from documented options; what is None is left out.
+
+    Which cells train is said by ``train_size``; or by ``train_indices`` and ``validation_indices``, rows of
+    the data as numbers or a mask, which come back as ``indices``. One that is left out is all other cells;
+    cells in neither are left out of the training. scvi-tools' ``external_indexing`` is a list of the two and
+    of such cells.
 
     Early stopping goes by the loss of the validation cells, with the whole KL divergence (what is called
     ``elbo`` and ``val_unweighted_loss``), and not before its weight has risen to 1; other metrics are warned
@@ -85,6 +90,9 @@ def training_settings(kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
         found["lr_patience"] = 0
     if not given.pop("use_stratified_sampling", True):
         found["sampling"] = "shuffled"
+    indices = _indices(given)
+    if indices is not None:
+        found["indices"] = indices
     _check_test_size(given.pop("test_size", None), given)
     for name in _METRICS:
         _check_metric(name, given.pop(name, None))
@@ -98,6 +106,20 @@ def training_settings(kind: str, asked: Mapping[str, Any]) -> dict[str, Any]:
     if found.get("warmup_steps") is not None:
         found.pop("warmup_epochs", None)
     return found
+
+
+def _indices(given: dict[str, Any]) -> tuple[Any, Any] | None:
+    """Rows that train and rows that validate (None: all others), taken out of the options."""
+    train, validation = given.pop("train_indices", None), given.pop("validation_indices", None)
+    external = given.pop("external_indexing", None)
+    if external is not None:
+        train, validation = external[0], external[1] if len(external) > 1 else None
+        validation = () if validation is None else validation
+    if train is None and validation is None:
+        return None
+    if given.get("train_size") is not None or given.get("test_size") is not None:
+        raise UsageError("train_size and indices both say which cells train", fix="leave one out")
+    return train, validation
 
 
 def _stopping(kind: str, kwargs: dict[str, Any]) -> dict[str, Any]:

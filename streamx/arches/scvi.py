@@ -86,7 +86,8 @@ class SCVI:
             ``patience``, ``threshold``, ``reduce_lr_on_plateau``, ``lr_patience``, ``lr_factor``: see
             :func:`~streamx.arches.options.training_settings`.
         options
-            ``max_epochs``, ``batch_size``, ``weight_decay`` (of a query: 0), ``eps``, ``seed``, scvi-tools'
+            ``max_epochs``, ``batch_size``, ``weight_decay`` (of a query: 0), ``eps``, ``seed``,
+            ``train_indices`` and ``validation_indices`` (rows, instead of ``train_size``), scvi-tools'
             ``plan_kwargs``, ``early_stopping``, ``early_stopping_patience`` and so on.
         """
         options |= {

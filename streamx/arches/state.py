@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from streamx.arches.data import Opened, as_collection, open_data, open_files
+from streamx.arches.data import Opened, as_collection, open_data, open_files, rows_of
 from streamx.arches.keys import Keys, keys_of, with_protein_names
 from streamx.config import (
     NETWORKS,
@@ -27,18 +27,19 @@ from streamx.config import (
     build,
     parse_bytes,
 )
-from streamx.errors import UntrainedError, UsageError, warn
+from streamx.errors import BadValuesError, UntrainedError, UsageError, warn
 from streamx.preprocess.run import preprocess
 from streamx.query import read_blocks
 from streamx.store.cells import FILE
 from streamx.store.collection import Collection
 from streamx.store.convert import convert
 from streamx.surgery.cells import lay_query
+from streamx.train.build import takes_floats
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
 from streamx.train.model import Model, load_model
 from streamx.train.run import train
-from streamx.train.surgery import learn_batches, with_batch
+from streamx.train.surgery import learn_batches, measured_in, narrowed, widen, with_batch
 from streamx.train.task import Run
 
 History = list[dict[str, float]]
@@ -46,10 +47,14 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Surgery:
-    """That a model learns the last ``n_new`` of its batches, and what stays meanwhile."""
+    """That a model learns the last ``n_new`` of its batches, and what stays meanwhile.
+
+    ``mask_missing``: genes that the data lack are left out of the likelihood, instead of counting as zero.
+    """
 
     n_new: int
     options: FreezeConfig | TrvaeFreezeConfig
+    mask_missing: bool = False
 
 
 @dataclass(eq=False)
@@ -191,7 +196,10 @@ def train_reference(
     known = {f.name for f in fields(NETWORKS[kind])}  # scVI comes before scANVI and has fewer settings
     network = {name: value for name, value in asdict(state.network).items() if name in known}
     own: dict[str, Any] = {"memory": state.memory, "device": state.device} | columns | state.settings
-    train(training_cells(state), path, model=kind, progress=progress, **network | own | settings)
+    settings = dict(settings)
+    cells = training_cells(state)
+    split = split_of(state, cells, settings.pop("indices", None))
+    train(cells, path, model=kind, progress=progress, split=split, **network | own | settings)
     return read_history(path / "history.csv")
 
 
@@ -225,15 +233,48 @@ def training_cells(state: State) -> Collection:
         raise UsageError("several files and no batch_key", fix="name the obs column that holds the batches")
     data = with_protein_names(state.data, keys) if hasattr(state.data, "obsm") else state.data
     obsm = keys.protein_expression_obsm_key if state.kind == "totalvi" else None
-    state.cells = convert(
-        data if isinstance(data, (list, tuple)) else [data],
-        state.folder / "store",
-        batch_key=keys.batch_key or FILE,
-        layer=keys.layer,
-        obsm=(obsm,) if obsm else (),
-        memory=state.memory,
-    )
+    try:
+        state.cells = convert(
+            data if isinstance(data, (list, tuple)) else [data],
+            state.folder / "store",
+            batch_key=keys.batch_key or FILE,
+            layer=keys.layer,
+            obsm=(obsm,) if obsm else (),
+            allow_float=takes_floats(state.network),
+            memory=state.memory,
+        )
+    except BadValuesError as error:
+        model = "" if state.kind == "trvae" else "trVAE with "
+        fix = (error.fix or "").replace("--allow-float", f"{model}recon_loss='mse'")
+        raise BadValuesError(error.what, where=error.where, fix=fix) from None
     return state.cells
+
+
+def split_of(
+    state: State, cells: Collection, indices: tuple[Any, Any] | None
+) -> dict[str, np.ndarray] | None:
+    """Rows of the data that train and that validate -> masks over a store or view of them, by cells' names.
+
+    Raises
+    ------
+    UsageError
+        If the data are files, or their cells' names are not unique.
+    """
+    if indices is None:
+        return None
+    source = as_collection(state.data)
+    names = getattr(state.data if source is None else source, "obs_names", None)
+    if names is None or not names.is_unique:
+        raise UsageError(
+            "which rows train can't be told",
+            fix="an AnnData object, a store or a view, with unique obs_names",
+        )
+    n, place_n = len(names), names.get_indexer(cells.obs_names)
+    given = dict(zip(("train", "validation"), indices, strict=True))
+    masks = {name: np.isin(np.arange(n), rows_of(r, n)) for name, r in given.items() if r is not None}
+    masks.setdefault("train", ~masks.get("validation", np.zeros(n, bool)))
+    masks.setdefault("validation", ~masks["train"])
+    return {name: mask[place_n] & (place_n >= 0) for name, mask in masks.items()}
 
 
 def read_history(path: Path) -> History:
@@ -256,11 +297,13 @@ def history_table(history: History) -> pd.DataFrame:
 # -- surgery -------------------------------------------------------------------------------------------
 
 
-def start_query(state: State, reference: Model, options: FreezeConfig | TrvaeFreezeConfig) -> None:
+def start_query(
+    state: State, reference: Model, options: FreezeConfig | TrvaeFreezeConfig, *, mask_missing: bool
+) -> None:
     """Let a state begin with a reference that has the data's new batches; the reference stays as it is."""
     schema = state.keys.spoken(reference.schema)
     model = replace(reference, schema=schema)
-    view = query_cells(state, model)
+    view = query_cells(state, model, mask_missing)
     new = [name for name in view.batches if name not in model.batches]
     config = _query_config(state, {})
     module = copy.deepcopy(reference.module).cpu()
@@ -270,20 +313,22 @@ def start_query(state: State, reference: Model, options: FreezeConfig | TrvaeFre
         module = with_batch(run, module, name)
     module.eval().to(pick_device(state.device))
     state.model = replace(model, module=module, schema=schema)
-    state.surgery, state.trained = Surgery(len(new), options), not new
+    state.surgery, state.trained = Surgery(len(new), options, mask_missing), not new
     if not new:
         warn("the reference knows all batches of these data: there is nothing to learn")
 
 
-def query_cells(state: State, model: Model) -> Collection:
-    """The data on the model's genes, as a view."""
+def query_cells(state: State, model: Model, mask_missing: bool) -> Collection:
+    """The data on the model's genes, or on those that they have, as a view."""
     if state.cells is not None:
         return state.cells
     path, collection = state.folder / "query", as_collection(state.data)
     options = {"memory": state.memory, "threads": 0}
     if collection is not None:
-        same = tuple(map(str, collection.var_names)) == model.genes
-        settings: dict[str, Any] = {"profile": "counts", "genes": list(model.genes), "keep_mt": True}
+        there = list(map(str, collection.var_names))
+        same, known = there == list(model.genes), set(there)
+        genes = [name for name in model.genes if name in known] if mask_missing else list(model.genes)
+        settings: dict[str, Any] = {"profile": "counts", "genes": genes, "keep_mt": True}
         settings |= {"min_features": 0, "min_cells": 0}
         state.cells = collection if same else preprocess(collection, path, **settings, **options)
         return state.cells
@@ -292,7 +337,14 @@ def query_cells(state: State, model: Model) -> Collection:
         try:
             blocks = read_blocks(query, model, config, parse_bytes(state.memory))
             state.cells = lay_query(
-                model, query, query.batches, blocks, path, options, new_labels="refuse", mask_missing=False
+                model,
+                query,
+                query.batches,
+                blocks,
+                path,
+                options,
+                new_labels="refuse",
+                mask_missing=mask_missing,
             )
         finally:
             query.close()
@@ -309,15 +361,22 @@ def _query_config(state: State, settings: dict[str, Any]) -> TrainConfig:
 def _train_query(state: State, settings: dict[str, Any], progress: bool) -> None:
     assert state.model is not None
     assert state.surgery is not None
-    view, config = query_cells(state, state.model), _query_config(state, settings)
+    view = query_cells(state, state.model, state.surgery.mask_missing)
+    split = split_of(state, view, settings.pop("indices", None))
+    config = _query_config(state, settings)
     schema, device = state.model.schema, pick_device(config.device)
     if state.hide_labels:
         schema = replace(schema, labels=())
-    run = Run(view, schema, config, None, device, ALONE, None)
-    module = copy.deepcopy(state.model.module)
+    run = Run(view, schema, config, None, device, ALONE, None, split=split)
+    module = copy.deepcopy(state.model.module).cpu()
+    measured = measured_in(view, state.model.schema)
+    learning = narrowed(state.kind, state.model.schema, module, measured)
     with one_torch_thread():
-        done = learn_batches(run, module, state.surgery.n_new, state.surgery.options, progress=progress)
+        done = learn_batches(run, learning, state.surgery.n_new, state.surgery.options, progress=progress)
+    if measured is not None:
+        widen(module, learning, measured)
+    module.eval().to(device)
     state.history = [*state.history, *done.history]
     card = {name: value for name, value in state.model.card.items() if name == "preprocessing"}
-    state.model = replace(state.model, module=module.eval(), id="", card=card)
+    state.model = replace(state.model, module=module, id="", card=card)
     state.trained = True

@@ -34,7 +34,8 @@ class TRVAE:
     conditions
         Their names, to be checked against the data.
     hidden_layer_sizes, latent_dim, dr_rate, use_mmd, mmd_on, mmd_boundary, recon_loss, beta, use_bn, use_ln
-        Fields of :class:`~streamx.config.TrvaeConfig`, as documented.
+        Fields of :class:`~streamx.config.TrvaeConfig`, as documented. With ``recon_loss="mse"`` X may hold
+        normalised values; where these are logarithms already, add ``log_input=False``.
     options
         Its other fields, and what ``SCVI`` takes besides: ``folder``, ``memory``, ``layer``, ``use_cuda``.
 
@@ -101,7 +102,7 @@ class TRVAE:
         kwargs
             ``train_frac``, ``batch_size``, ``weight_decay`` (0.04; of a query: 0), ``alpha_epoch_anneal``,
             ``alpha_iter_anneal``, ``early_stopping_kwargs``, ``use_early_stopping``,
-            ``use_stratified_sampling``, ``seed``.
+            ``use_stratified_sampling``, ``seed``, ``train_indices``, ``validation_indices``.
 
         Raises
         ------
@@ -166,6 +167,7 @@ class TRVAE:
         freeze: bool = True,
         freeze_expression: bool = True,
         remove_dropout: bool = True,
+        mask_missing: bool = False,
         **options: Any,
     ) -> TRVAE:
         """A new object that learns the new conditions of other data; the reference stays as it is.
@@ -176,6 +178,8 @@ class TRVAE:
             A trained object, or the folder of a model, also of scArches.
         freeze, freeze_expression, remove_dropout
             :class:`~streamx.config.TrvaeFreezeConfig`.
+        mask_missing
+            As for :meth:`SCVI.load_query_data`.
         options
             ``condition_key``, where it has another name than in the reference; ``folder``, ``memory`` ...
         """
@@ -183,7 +187,9 @@ class TRVAE:
         if "condition_key" in options:
             options["batch_key"] = options.pop("condition_key")
         plan = TrvaeFreezeConfig(freeze, freeze_expression, remove_dropout)
-        found.state = methods.query_object("trvae", adata, reference_model, plan, options)
+        found.state = methods.query_object(
+            "trvae", adata, reference_model, plan, options, mask_missing=mask_missing
+        )
         return found
 
     load = classmethod(methods.load)

@@ -48,7 +48,8 @@ def save_for_scvi_tools(
     elif isinstance(module, Scvi):
         kind, settings, weights = "scvi", asdict(module.config), scvi_tools.state_dict_of(module)
     else:
-        raise UsageError(f"scvi-tools has no {type(module).__name__}", fix="give scVI, scANVI or totalVI")
+        name = {"Scalex": "SCALEX", "Trvae": "trVAE"}.get(type(module).__name__, type(module).__name__)
+        raise UsageError(f"scvi-tools has no {name}", fix="train scvi, scanvi or totalvi for it")
     saved = Saved(
         kind,
         VERSION,

@@ -3,6 +3,11 @@
 ``"vanilla"`` (Lopez 2018) asks how probable it is that the first group expresses more; ``"change"`` (Boyeau
 2019) how probable it is that the logarithms of the two (to base 2) differ by at least ``delta``. Everything
 here is numpy on draws; only :func:`draw` asks a model for them, through a function.
+
+Two deviations, both off by default. A model's scales are shares of a cell's total, so that a rise of some
+genes lowers all others: :func:`relative_to_median` takes the median gene as unchanged. And a probability over
+pairs of cells stays well below 1 for a change as small as cells differ among themselves, however many there
+are: :func:`draw` can give means of cells. ``benchmarks/de.py`` measures what either does.
 """
 
 from __future__ import annotations
@@ -12,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy import sparse
 
 from streamx.config import DifferentialConfig
 from streamx.errors import UsageError
@@ -47,6 +53,7 @@ def draw(
     n_samples: int,
     rng: np.random.Generator,
     batches: Sequence[int] | None = None,
+    cells_per_draw: int = 1,
 ) -> Draws:
     """Draw ``n_samples`` cells of a group with replacement, and one posterior expression of each.
 
@@ -58,6 +65,9 @@ def draw(
         Rows of the group's cells.
     batches
         Batch codes to decode as, which share the draws evenly; None: each cell as its own batch.
+    cells_per_draw
+        More than 1: every draw is the mean of so many random ones of its batch, at most as many as the group
+        has cells, which is the bootstrap of the group's mean.
 
     Raises
     ------
@@ -66,14 +76,23 @@ def draw(
     """
     if len(row_n) == 0:
         raise UsageError("a group of no cells", fix="choose groups that have cells")
-    if batches is None:
-        return Draws(sampler(np.sort(rng.choice(row_n, n_samples)), None)[rng.permutation(n_samples)])
-    n_each = max(n_samples // len(batches), 2)
+    n_each = n_samples if batches is None else max(n_samples // len(batches), 2)
     drawn = []
-    for batch in batches:
-        scale_sg = sampler(np.sort(rng.choice(row_n, n_each)), batch)
-        drawn.append(scale_sg[rng.permutation(n_each)])
-    return Draws(np.concatenate(drawn), np.repeat(np.asarray(batches, np.int64), n_each))
+    for batch in (None,) if batches is None else batches:
+        scale_sg = sampler(np.sort(rng.choice(row_n, n_each)), batch)[rng.permutation(n_each)]
+        drawn.append(_means(scale_sg, min(cells_per_draw, len(row_n)), rng))
+    batch_s = None if batches is None else np.repeat(np.asarray(batches, np.int64), n_each)
+    return Draws(np.concatenate(drawn), batch_s)
+
+
+def _means(scale_sg: np.ndarray, n_cells: int, rng: np.random.Generator) -> np.ndarray:
+    """As many draws as there are, each the mean of ``n_cells`` random ones."""
+    if n_cells == 1:
+        return scale_sg
+    n = len(scale_sg)
+    share = np.full(n * n_cells, 1 / n_cells, scale_sg.dtype)
+    first = np.arange(0, len(share) + 1, n_cells)
+    return sparse.csr_matrix((share, rng.integers(n, size=len(share)), first), (n, n)) @ scale_sg
 
 
 def pairs(
@@ -109,6 +128,25 @@ def _paired(
         return one_sg, two_sg
     m_pairs = m_pairs or max(len(one_sg), len(two_sg))
     return one_sg[rng.integers(len(one_sg), size=m_pairs)], two_sg[rng.integers(len(two_sg), size=m_pairs)]
+
+
+def relative_to_median(one_mg: np.ndarray, two_mg: np.ndarray, n_shares: int | None = None) -> np.ndarray:
+    """The second group's draws, scaled so that the median log fold change of each pair is 0.
+
+    The reference is that of median-of-ratios normalisation (Anders & Huber 2010): right where fewer than half
+    of the genes change in either direction.
+
+    Parameters
+    ----------
+    one_mg, two_mg
+        Paired draws of both groups.
+    n_shares
+        The first features, whose scales are shares of a total; the others (proteins) stay as they are.
+    """
+    median_m = np.median(_log_fold_change(one_mg[:, :n_shares], two_mg[:, :n_shares], 0.0), axis=1)
+    scaled_mg = two_mg.astype(np.float64)
+    scaled_mg[:, :n_shares] *= np.exp2(median_m)[:, None]
+    return scaled_mg
 
 
 def vanilla(one_mg: np.ndarray, two_mg: np.ndarray) -> dict[str, np.ndarray]:
@@ -276,6 +314,7 @@ def compare(
     config: DifferentialConfig,
     rng: np.random.Generator,
     sums: tuple[GroupSums, GroupSums] | None = None,
+    n_shares: int | None = None,
 ) -> dict[str, Any]:
     """Every column of a differential expression table, in the order of the features; scalars hold for all.
 
@@ -289,6 +328,8 @@ def compare(
         Pairs draws, where they have to be.
     sums
         Of both groups' raw counts: adds their means to the table. Needed where the pseudocount is estimated.
+    n_shares
+        The first features, whose scales are shares of a total (:func:`relative_to_median`); None: all.
 
     Raises
     ------
@@ -296,6 +337,8 @@ def compare(
         If the pseudocount is to be estimated without ``sums``.
     """
     one_mg, two_mg = pairs(first, second, rng, config.m_permutation)
+    if config.relative_to == "median":
+        two_mg = relative_to_median(one_mg, two_mg, n_shares)
     if config.mode == "vanilla":
         result: dict[str, Any] = vanilla(one_mg, two_mg)
     else:

@@ -27,6 +27,11 @@ def n_latent_of(network: Any) -> int:
     return int(getattr(network, "n_latent", 0) or network.latent_dim)
 
 
+def takes_floats(network: Any) -> bool:
+    """Whether the model fits values as they are, so that they may be normalised: trVAE with mse."""
+    return getattr(network, "recon_loss", None) == "mse"
+
+
 def build_module(
     kind: str,
     schema: Schema,

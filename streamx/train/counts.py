@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from streamx.config import TrainConfig
-from streamx.errors import BadValuesError, UsageError
+from streamx.errors import BadValuesError, UsageError, warn
 from streamx.loader.column import large_array
 from streamx.loader.loader import Loader
 from streamx.loader.pairs import pairs
@@ -22,7 +22,8 @@ from streamx.models.cells import Cells
 from streamx.models.scanvi import from_scvi
 from streamx.schema import Schema
 from streamx.store.collection import Collection
-from streamx.train.build import TAKES_ROWS, build_module, n_latent_of
+from streamx.store.ingest.counts import LOG_MAXIMUM
+from streamx.train.build import TAKES_ROWS, build_module, n_latent_of, takes_floats
 from streamx.train.cells import Columns, check_proteins, columns_of, names_in
 from streamx.train.distributed import Ranks
 from streamx.train.engine import run_task, warm_up_steps
@@ -39,7 +40,7 @@ ADVERSARY_LR = 1e-3
 FEWEST = 3  # cells of a minibatch that is not full, in training: batch norm needs several
 
 
-def schema_of(view: Collection, config: TrainConfig) -> Schema:
+def schema_of(view: Collection, config: TrainConfig, network: Any) -> Schema:
     """What a model of this view knows: genes, batches, and the obs columns that are asked for.
 
     Raises
@@ -47,12 +48,9 @@ def schema_of(view: Collection, config: TrainConfig) -> Schema:
     UsageError
         If a column is absent, or the model needs one that is not named.
     BadValuesError
-        If the view holds no counts.
+        If the view holds no counts, and the model can't do without.
     """
-    if view.value_dtype.kind == "f" and (view.read(0, min(ROWS, view.n_obs)).data % 1).any():
-        raise BadValuesError(
-            "holds values that are no counts", where=str(view.path), fix=f"{config.model} models raw counts"
-        )
+    _check_values(view, config, network)
     if config.model == "scanvi" and config.label_key is None:
         raise UsageError(
             "scanvi learns from labels", fix=f"--label-key with one of: {', '.join(view.obs_columns)}"
@@ -78,6 +76,34 @@ def schema_of(view: Collection, config: TrainConfig) -> Schema:
         proteins=proteins,
         protein_key=config.protein_key if config.model == "totalvi" else None,
     )
+
+
+def _check_values(view: Collection, config: TrainConfig, network: Any) -> None:
+    """Counts; or, for trVAE with mse, values that are not negative. Looks at the first cells."""
+    if view.value_dtype.kind != "f":
+        return
+    value_v = view.read(0, min(ROWS, view.n_obs)).data
+    if not len(value_v) or not (value_v % 1).any():
+        return
+    if not takes_floats(network):
+        fix = "; trvae with --recon-loss mse takes normalised values too" if config.model == "trvae" else ""
+        raise BadValuesError(
+            "holds values that are no counts",
+            where=str(view.path),
+            fix=f"{config.model} models raw counts{fix}",
+        )
+    if value_v.min() < 0:
+        raise BadValuesError(
+            "holds negative values",
+            where=str(view.path),
+            fix="normalise without centring or scaling: what trVAE decodes with mse is never negative",
+        )
+    if network.log_input and value_v.max() < LOG_MAXIMUM:
+        warn(
+            f"the largest value is {value_v.max():.1f}: these look like logarithms, and ln(1 + x) is fitted",
+            where=str(view.path),
+            fix="--no-log-input (log_input=False) fits x as it is",
+        )
 
 
 def prepare(run: Run, progress: bool) -> Task:
@@ -197,7 +223,7 @@ def task_of(run: Run, module: Any, rows: tuple[int, int] | None = None) -> Task:
     """A network, and the minibatches to train it with: of all cells, or of a range of rows."""
     view, config, ranks = run.view, run.config, run.ranks
     columns = columns_of(view, run.schema, run.device)
-    parts = _parts(view.n_obs, rows, config)
+    parts = _parts(view.n_obs, rows, run)
     n_cells = view.n_obs if rows is None else rows[1] - rows[0]
     options: dict[str, Any] = {
         "device": run.device,
@@ -279,15 +305,20 @@ def _with_labelled(module: Any) -> Callable[..., dict[str, Tensor]]:
     return loss
 
 
-def _parts(n: int, rows: tuple[int, int] | None, config: TrainConfig) -> dict[str, Any]:
+def _parts(n: int, rows: tuple[int, int] | None, run: Run) -> dict[str, Any]:
     """Which of n cells train and which validate, as a loader takes it; no validation: None."""
-    share = config.train_size or 1.0
+    if run.split is not None:
+        train, validation = run.split["train"], run.split["validation"]
+        if (train & validation).any() or not train.any():
+            raise UsageError("no cell trains, or some both train and validate", fix="another split")
+        return {"train": train, "validation": validation if validation.any() else None}
+    share = run.config.train_size or 1.0
     if share > 1:
         raise UsageError(f"train_size = {share}", fix="a share of the cells, above 0 and at most 1")
     low, high = rows or (0, n)
     if round((high - low) * (1 - share)) == 0:
         return {"train": rows, "validation": None}
-    within = split(high - low, {"train": share, "validation": 1 - share}, seed=config.seed)
+    within = split(high - low, {"train": share, "validation": 1 - share}, seed=run.config.seed)
     return {name: np.pad(mask, (low, n - high)) for name, mask in within.items()}
 
 

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,12 @@ class TrainResult:
 
 
 def train(
-    view: Collection | str | Path, output: str | Path | Location, *, progress: bool = True, **settings: Any
+    view: Collection | str | Path,
+    output: str | Path | Location,
+    *,
+    progress: bool = True,
+    split: Mapping[str, np.ndarray] | None = None,
+    **settings: Any,
 ) -> TrainResult:
     """Train a reference model on a view and write it.
 
@@ -93,6 +99,9 @@ def train(
     output
         Folder of the model (see :mod:`streamx.train.model`), or ``s3://bucket/prefix``; unfinished state lies
         beside it, in ``<output>.journal``, or in the local cache.
+    split
+        Masks ``train`` and ``validation``, bool (n_obs,) each, instead of a random ``train_size`` (not of
+        SCALEX); cells in neither are left out of the training.
     settings
         Fields of :class:`~streamx.config.TrainConfig` and of the model's own class, such as
         :class:`~streamx.config.ScalexConfig` or :class:`~streamx.config.ScviConfig`.
@@ -115,8 +124,13 @@ def train(
         raise UsageError(
             "holds a store or view", where=str(output), fix="choose another folder for the model"
         )
-    schema = scalex_schema(view) if config.model == "scalex" else counts.schema_of(view, config)
+    schema = scalex_schema(view) if config.model == "scalex" else counts.schema_of(view, config, network)
     fingerprint = _fingerprint(view, config, network)
+    if split is not None:
+        if config.model == "scalex":
+            raise UsageError("scalex trains on all cells", fix="leave split out")
+        masks = b"".join(np.packbits(split[name]).tobytes() for name in ("train", "validation"))
+        fingerprint |= {"split": hashlib.sha256(masks).hexdigest()}
     card = read_card(location)
     if card is not None:
         return _finished(location, card, fingerprint, begun)
@@ -124,7 +138,7 @@ def train(
         check_device(config, device, ranks)
         journal = Journal(location, fingerprint | _several(ranks)) if ranks.first else None
         try:
-            run = Run(view, schema, config, network, device, ranks, journal)
+            run = Run(view, schema, config, network, device, ranks, journal, split=split)
             task, state, done, rate = _fit(run, progress)
             if journal is not None:
                 kept = task.module if task.result is None else task.result

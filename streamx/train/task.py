@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,9 @@ class Run:
     ----------
     name
         Of its state in the journal.
+    split
+        Masks ``train`` and ``validation`` over the view's cells, where these are chosen; None: by
+        ``train_size``.
     """
 
     view: Collection
@@ -36,6 +39,7 @@ class Run:
     ranks: Ranks
     journal: Journal | None
     name: str = "training"
+    split: Mapping[str, np.ndarray] | None = None
 
     @property
     def reading(self) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_models_of_other_tools(tmp_path: Path) -> None:
         assert torch.equal(found.module.state_dict()[name], value), name
     other = load_foreign(tmp_path / "scalex")
     assert (other.kind, other.schema) == ("scalex", Schema(tuple("abcde")))
-    with pytest.raises(UsageError, match="scvi-tools has no Trvae"):
+    with pytest.raises(UsageError, match="scvi-tools has no trVAE"):
         save_for_scvi_tools(tmp_path / "out", trvae, found.schema)
     (tmp_path / "empty").mkdir()
     with pytest.raises(BadFileError, match="no model of scvi-tools, scArches or SCALEX"):

@@ -111,6 +111,47 @@ def test_drawing_cells() -> None:
         de.draw(sampler, row_n[:0], 10, rng())
 
 
+def test_draws_that_are_means_of_cells() -> None:
+    """They spread as means do, within each batch; of more cells than a group has, as its own mean does."""
+
+    def sampler(row_n: np.ndarray, batch: int | None) -> np.ndarray:
+        noise = rng(batch or 0).normal(0, 1, (len(row_n), 3))
+        return (noise + (100 if batch == 4 else 0)).astype(np.float32)
+
+    for n_cells, n_group in ((25, 1000), (100, 25)):
+        drawn = de.draw(sampler, np.arange(n_group), 8000, rng(), [1, 4], cells_per_draw=n_cells)
+        assert drawn.scale_sg.shape == (8000, 3)
+        assert drawn.scale_sg.dtype == np.float32
+        for batch, level in ((1, 0), (4, 100)):
+            of_batch = drawn.scale_sg[drawn.batch_s == batch]
+            np.testing.assert_allclose(of_batch.mean(0), level, atol=0.05)
+            np.testing.assert_allclose(of_batch.std(0), 1 / 5, rtol=0.05)
+    one = de.draw(sampler, np.arange(50), 100, rng(), cells_per_draw=1)
+    np.testing.assert_array_equal(one.scale_sg, de.draw(sampler, np.arange(50), 100, rng()).scale_sg)
+
+
+def test_relative_to_the_median_gene() -> None:
+    """A third of the genes rises fourfold: shares of the others fall; relative to the median they stay."""
+    share_g = np.full(30, 1 / 30)
+    risen_g = np.where(np.arange(30) < 10, 4 * share_g, share_g)
+    one, two = (np.tile(s_g / s_g.sum(), (50, 1)) for s_g in (risen_g, share_g))
+    by_total = de.compare(de.Draws(one), de.Draws(two), DifferentialConfig(), rng())
+    np.testing.assert_allclose(by_total["lfc_mean"], [1] * 10 + [-1] * 20)
+    assert by_total["proba_de"].tolist() == [1] * 30
+    median = DifferentialConfig(relative_to="median")
+    found = de.compare(de.Draws(one), de.Draws(two), median, rng())
+    np.testing.assert_allclose(found["lfc_mean"], [2] * 10 + [0] * 20, atol=1e-12)
+    assert found["is_de_fdr_0.05"].tolist() == [True] * 10 + [False] * 20
+    np.testing.assert_allclose(found["scale2"], 1 / 30, err_msg="what is told of the groups stays")
+    more = de.compare(
+        de.Draws(one), de.Draws(two), DifferentialConfig(mode="vanilla", relative_to="median"), rng()
+    )
+    assert (more["proba_m1"][:10] == 1).all()
+    with_protein = [np.concatenate([s_mg, np.full((50, 1), 7.0)], axis=1) for s_mg in (one, two)]
+    found = de.compare(*map(de.Draws, with_protein), median, rng(), n_shares=30)
+    assert found["lfc_mean"][30] == 0
+
+
 def test_a_pseudocount_from_silent_genes() -> None:
     one_mg, two_mg = np.full((10, 4), 1e-5), np.full((10, 4), 1e-5)
     one_mg[3], two_mg[5] = [4e-4, 8e-4, 1, 1], [2e-3, 6e-3, 1, 1]
