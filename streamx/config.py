@@ -634,15 +634,27 @@ class ProjectConfig:
 @dataclass(frozen=True)
 class TransferConfig:
     label_key: str = option("cell_type", "obs column of the reference that holds the labels")
+    within: tuple[str, ...] = option(
+        (),
+        "obs columns with coarser labels, coarsest first: transferred too, and a label lies within them",
+        many=True,
+    )
     method: str = option(
         "vote", "uniform vote (SCALEX) or distance-weighted k-NN (scArches)", choices=("vote", "weighted")
     )
     n_neighbors: int | None = option(None, "neighbours per cell (vote 5, weighted 50)")
     threshold: float | None = option(None, "uncertainty above which a cell stays Unknown")
+    keep: float | None = option(
+        None, "instead of a threshold: the share of held-out reference cells that shall keep a label"
+    )
+    max_error: float | None = option(
+        None, "instead of a threshold: the share of wrong ones that held-out reference cells may have"
+    )
+    novelty: bool = option(False, "also write how strange each cell is to the reference, 0 to 1")
     unlabeled: tuple[str, ...] = option(
         UNLABELED, "labels that mean none (missing ones always do)", many=True
     )
-    index: str = option("auto", "neighbour search", choices=("auto", "exact", "nndescent"))
+    index: str = option("auto", "neighbour search", choices=("auto", "exact", "ivf", "nndescent"))
     probabilities: bool = option(False, "also write the probability of every label")
     truth_key: str | None = option(None, "obs column of the query with the true labels: report accuracy")
     seed: int = option(0, "seed of the neighbour index and of the recall sample", least=0)

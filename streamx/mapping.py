@@ -4,6 +4,7 @@
 
     MODEL/reference.zarr     obs and latents of the reference
     MODEL/added/*.zarr       those of the cells that surgery added to it
+    MODEL/neighbors/         indexes of large references, made once
     OUT/<query>.zarr         the same of each mapped query; `transfer` adds to its obs
 """
 
@@ -13,6 +14,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,13 +23,27 @@ import pandas as pd
 
 from streamx.config import MetricsConfig, TransferConfig, build
 from streamx.errors import BadFileError, EmptyError, IncompleteError, UsageError
-from streamx.labels import encode_labels
+from streamx.labels import Labels, encode_labels, unify_labels
 from streamx.metrics import agreement, score_latent
+from streamx.neighbors import kept_index
+from streamx.neighbors.blocks import Rows, Stacked, settle
 from streamx.store.amend import amend
 from streamx.store.frame import column_names, read_column
 from streamx.store.latents import latent_names
 from streamx.store.location import Location, follow, is_there, open_location
-from streamx.transfer import UNKNOWN, Transfer, gather, vote
+from streamx.transfer import (
+    UNKNOWN,
+    HeldOut,
+    Threshold,
+    Transfer,
+    Voters,
+    gather,
+    hold_out,
+    score_labels,
+    threshold_for,
+    vote,
+    voting_cells,
+)
 
 if TYPE_CHECKING:
     import zarr
@@ -36,6 +52,9 @@ log = logging.getLogger("streamx")
 
 REFERENCE = "reference.zarr"
 LATENT = "X_scalex"
+INDEXES = "neighbors"
+NOVEL = 0.95  # novelty of more than this is counted
+IN_MEMORY = 256_000_000  # bytes of latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +65,8 @@ class Cells:
     ----------
     location, group
         Of the file; of a reference that surgery extended, its first one.
-    latent_nk
-        Of all files.
+    latents
+        Of all files, where they lie: (cells, n_latent), read by slices.
     added
         The further files.
     """
@@ -55,8 +74,13 @@ class Cells:
     name: str
     location: Location
     group: zarr.Group
-    latent_nk: np.ndarray
+    latents: Stacked
     added: tuple[zarr.Group, ...] = ()
+
+    @cached_property
+    def latent_nk(self) -> np.ndarray:
+        """All latents, read once: in memory, or in a temporary file while they take more than 256 MB."""
+        return settle(self.latents, IN_MEMORY)
 
     @property
     def path(self) -> Path | str:
@@ -64,7 +88,7 @@ class Cells:
 
     @property
     def n_cells(self) -> int:
-        return len(self.latent_nk)
+        return len(self.latents)
 
     @property
     def columns(self) -> list[str]:
@@ -136,7 +160,7 @@ def read_cells(location: Location, name: str) -> Cells:
     key = LATENT if LATENT in latents else next((name for name in latents if name != "X_umap"), None)
     if key is None:
         raise BadFileError("obsm holds no latent (X_...)", where=str(location), fix="project the query again")
-    return Cells(name, location, group, np.asarray(group[f"obsm/{key}"][:]))  # type: ignore[index]
+    return Cells(name, location, group, Stacked([group[f"obsm/{key}"]]))
 
 
 def read_reference(model: str | Path | Location) -> Cells:
@@ -158,8 +182,8 @@ def read_reference(model: str | Path | Location) -> Cells:
     parts = [read_cells(location.below(name), name) for name in added]
     if not parts:
         return reference
-    z_nk = np.concatenate([reference.latent_nk, *(part.latent_nk for part in parts)])
-    return replace(reference, latent_nk=z_nk, added=tuple(part.group for part in parts))
+    everyone = Stacked([latents for cells in (reference, *parts) for latents in cells.latents.parts])
+    return replace(reference, latents=everyone, added=tuple(part.group for part in parts))
 
 
 def read_queries(output: str | Path | Location, reference: Cells | None = None) -> list[Cells]:
@@ -186,8 +210,8 @@ def read_queries(output: str | Path | Location, reference: Cells | None = None) 
                 where=str(query.path),
                 fix=f"name the model that it was mapped with, or project it onto {home}",
             )
-        if query.latent_nk.shape[1] != reference.latent_nk.shape[1]:
-            sizes = query.latent_nk.shape[1], reference.latent_nk.shape[1]
+        sizes = query.latents.shape[1], reference.latents.shape[1]
+        if sizes[0] != sizes[1]:
             raise UsageError(
                 f"has {sizes[0]} latent dimensions, the reference {sizes[1]}", where=str(query.path)
             )
@@ -203,9 +227,13 @@ def transfer(
     """Give mapped cells the labels of their neighbours in the reference.
 
     Writes ``obs["<label_key>_pred"]`` (categorical, ``Unknown`` above the threshold and for cells without a
-    latent) and ``obs["<label_key>_uncertainty"]`` (float32) into every ``OUT/<query>.zarr``; with
-    ``probabilities``, also ``obsm["<label_key>_probabilities"]`` (cells x labels) and the labels' names in
+    latent) and ``obs["<label_key>_uncertainty"]`` (float32) into every ``OUT/<query>.zarr``, and the same for
+    each column of ``within``; with ``novelty``, also ``obs["<label_key>_novelty"]`` (float32); with
+    ``probabilities``, ``obsm["<label_key>_probabilities"]`` (cells x labels) and the labels' names in
     ``uns["<label_key>_labels"]``. Run again, it replaces them.
+
+    Latents of queries are read block by block; those of a reference that take more than 256 MB lie in a
+    temporary file meanwhile. The index of a large reference is kept in ``MODEL/neighbors``.
 
     Parameters
     ----------
@@ -221,53 +249,99 @@ def transfer(
     dict
         ``n_cells``, ``n_unknown``, ``knn_recall`` (of the neighbour search), ``labels``, ``method``,
         ``index``, ``n_neighbors``, and ``queries`` with the numbers of each; with ``truth_key`` also
-        ``accuracy``, ``balanced_accuracy``, ``macro_f1`` and ``n_scored``, over all queries and for each.
+        ``accuracy``, ``balanced_accuracy``, ``macro_f1`` and ``n_scored``, over all queries and for each, and
+        ``per_label``; with ``keep`` or ``max_error``, ``thresholds``: each column's, and what it does to
+        held-out reference cells; with ``novelty``, ``n_novel``: cells above .95.
     """
     config = _configured(TransferConfig, config, settings)
     reference = model if isinstance(model, Cells) else read_reference(model)
     queries = [output] if isinstance(output, Cells) else read_queries(output, reference)
-    key = config.label_key
-    labels = encode_labels(reference.column(key), config.unlabeled)
-    truths = [_truth(query, config.truth_key) for query in queries]
+    truths = [_true_labels(query, config) for query in queries]
     if config.truth_key is not None and all(truth is None for truth in truths):
         raise UsageError(f"no query has the obs column {config.truth_key!r}", where=str(output))
-    voters = gather(
-        reference.latent_nk,
-        labels,
-        np.concatenate([query.latent_nk for query in queries]),
-        method=config.method,
-        n_neighbors=config.n_neighbors,
-        unlabeled=config.unlabeled,
-        index=config.index,
-        seed=config.seed,
-        memory=config.memory,
-        threads=config.threads,
-    )
+    voters = _voters(reference, queries, config)
+    held, thresholds = _asked_of_itself(voters, config)
+    keys = [*config.within, config.label_key]
     reports: list[dict[str, Any]] = []
-    scored: list[tuple[np.ndarray, np.ndarray]] = []
+    scored: list[tuple[Labels, Labels]] = []
     for query, truth in zip(queries, truths, strict=True):
-        found = vote(voters, query.latent_nk, threshold=config.threshold, probabilities=config.probabilities)
-        _write(query, key, found)
-        report = {"name": query.name, "n_cells": query.n_cells, "n_unknown": found.n_unknown}
+        levels = vote(
+            voters,
+            query.latents,
+            thresholds=[threshold.value for threshold in thresholds],
+            probabilities=config.probabilities,
+            held=held if config.novelty else None,
+            progress=f"transfer {query.name}",
+        )
+        _write(query, keys, levels)
+        found = levels[-1]
+        report: dict[str, Any] = {"name": query.name, "n_cells": query.n_cells, "n_unknown": found.n_unknown}
+        if found.novelty_n is not None:
+            report["n_novel"] = int((found.novelty_n > NOVEL).sum())
         if truth is not None:
-            scored.append((truth, found.labels_n))
-            report |= _scores(truth, found.labels_n, config.unlabeled)
+            scored.append((truth, Labels(found.codes_n, found.names)))
+            report |= _scores(*scored[-1], config.unlabeled)
         reports.append(report)
         log.info("%s: %d of %d cells labelled", query.name, query.n_cells - found.n_unknown, query.n_cells)
-    result = {
-        "n_cells": sum(query.n_cells for query in queries),
-        "n_unknown": sum(report["n_unknown"] for report in reports),
+    counts = [name for name in ("n_cells", "n_unknown", "n_novel") if name in reports[0]]
+    result: dict[str, Any] = {name: sum(report[name] for report in reports) for name in counts}
+    result |= {
         "knn_recall": voters.recall,
-        "label_key": key,
-        "labels": voters.labels.names,
+        "label_key": config.label_key,
+        "labels": voters.levels[-1].names,
         "method": voters.method,
         "n_neighbors": voters.n_neighbors,
         "index": voters.index.method,
     }
+    if held is not None and thresholds:
+        result["thresholds"] = {key: asdict(of) for key, of in zip(keys, thresholds, strict=True)}
     if scored:
-        truth_n, found_n = (np.concatenate(part) for part in zip(*scored, strict=True))
-        result |= _scores(truth_n, found_n, config.unlabeled)
+        true, guess = (_joined(parts) for parts in zip(*scored, strict=True))
+        result |= _scores(true, guess, config.unlabeled) | {"per_label": score_labels(true, guess)}
     return result | {"queries": reports}
+
+
+def _voters(reference: Cells, queries: Sequence[Cells], config: TransferConfig) -> Voters:
+    """The reference's labelled cells, with an index over them that is kept beside the model."""
+    columns = [*config.within, config.label_key]
+    levels = [encode_labels(reference.column(key), config.unlabeled) for key in columns]
+    options: dict[str, Any] = {"seed": config.seed, "threads": config.threads, "memory": config.memory}
+    latent_nk = reference.latent_nk
+    asking = Stacked([query.latents for query in queries])
+    voting = Rows(latent_nk, np.flatnonzero(voting_cells(latent_nk, levels)))
+    home = follow(reference.location, "..").root
+    index = kept_index(
+        home / INDEXES if isinstance(home, Path) else None,
+        voting,
+        len(asking),
+        method=config.index,
+        **options,
+    )
+    return gather(
+        latent_nk,
+        levels,
+        asking,
+        method=config.method,
+        n_neighbors=config.n_neighbors,
+        index=index,
+        **options,
+    )
+
+
+def _asked_of_itself(voters: Voters, config: TransferConfig) -> tuple[HeldOut | None, list[Threshold]]:
+    """Held-out reference cells, where something is asked of them, and the threshold of each level."""
+    goals = {name: getattr(config, name) for name in ("threshold", "keep", "max_error")}
+    goals = {name: value for name, value in goals.items() if value is not None}
+    if len(goals) > 1:
+        raise UsageError(f"{' and '.join(goals)} given", fix="one of them sets the threshold")
+    wanted = config.novelty or not goals.keys() <= {"threshold"}
+    held = hold_out(voters, seed=config.seed) if wanted else None
+    levels = range(len(voters.levels))
+    if "threshold" in goals:
+        return held, [Threshold(goals["threshold"]) for _ in levels]
+    if held is None or not goals:
+        return held, []
+    return held, [threshold_for(held, level, **goals) for level in levels]
 
 
 def _configured(kind: Any, config: Any, settings: dict[str, Any]) -> Any:
@@ -281,23 +355,39 @@ def _truth(query: Cells, key: str | None) -> np.ndarray | None:
     return encode_labels(query.column(key), ()).text()
 
 
-def _scores(truth: np.ndarray, found: np.ndarray, unlabeled: Sequence[str]) -> dict[str, Any]:
+def _true_labels(query: Cells, config: TransferConfig) -> Labels | None:
+    if config.truth_key is None or config.truth_key not in query.columns:
+        return None
+    return encode_labels(query.column(config.truth_key), config.unlabeled)
+
+
+def _joined(parts: Sequence[Labels]) -> Labels:
+    """The labels of all queries."""
+    same = unify_labels(*parts)
+    return Labels(np.concatenate([labels.codes_n for labels in same]), same[0].names)
+
+
+def _scores(truth: Any, found: Any, unlabeled: Sequence[str]) -> dict[str, Any]:
     scores = agreement(truth, found, unlabeled)
     return {name: scores[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "n_scored")}
 
 
-def _write(query: Cells, key: str, found: Transfer) -> None:
-    """Predictions of one query, into its file."""
-    categories = sorted({*found.names, UNKNOWN})
-    lookup = np.array([*(categories.index(name) for name in found.names), categories.index(UNKNOWN)])
-    predicted = pd.Categorical.from_codes(lookup[found.codes_n], pd.Index(categories))
-    shares = found.probabilities_nl
-    amend(
-        query.location,
-        {f"{key}_pred": pd.Series(predicted), f"{key}_uncertainty": pd.Series(found.uncertainty_n)},
-        {f"{key}_probabilities": shares},
-        {f"{key}_labels": None if shares is None else found.names},
-    )
+def _write(query: Cells, keys: Sequence[str], levels: Sequence[Transfer]) -> None:
+    """Predictions of one query, into its file; what an earlier run wrote and this one did not is removed."""
+    obs: dict[str, pd.Series | None] = {}
+    obsm: dict[str, np.ndarray | None] = {}
+    uns: dict[str, Sequence[str] | None] = {}
+    for key, found in zip(keys, levels, strict=True):
+        categories = sorted({*found.names, UNKNOWN})
+        lookup = np.array([*(categories.index(name) for name in found.names), categories.index(UNKNOWN)])
+        predicted = pd.Categorical.from_codes(lookup[found.codes_n], pd.Index(categories))
+        obs |= {f"{key}_pred": pd.Series(predicted), f"{key}_uncertainty": pd.Series(found.uncertainty_n)}
+        shares = found.probabilities_nl
+        obsm[f"{key}_probabilities"] = shares
+        uns[f"{key}_labels"] = None if shares is None else found.names
+    novelty_n = levels[-1].novelty_n
+    obs[f"{keys[-1]}_novelty"] = None if novelty_n is None else pd.Series(novelty_n)
+    amend(query.location, obs, obsm, uns)
 
 
 def metrics(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from streamx.errors import StreamxError
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import MARKER
@@ -54,7 +56,7 @@ def _verify_model(location: Location) -> dict[str, Any]:
     except StreamxError as error:
         found[CARD] = error.what
     try:
-        read_reference(location)
+        assert np.ndim(read_reference(location).latent_nk) == 2  # every chunk is read
         found["reference.zarr"] = None
     except (StreamxError, OSError, ValueError) as error:
         found["reference.zarr"] = str(getattr(error, "what", error))

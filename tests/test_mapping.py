@@ -13,7 +13,7 @@ import zarr
 from sklearn.neighbors import KNeighborsClassifier
 
 import streamx as sx
-from streamx.errors import BadFileError, EmptyError, IncompleteError, UsageError
+from streamx.errors import BadFileError, BadValuesError, EmptyError, IncompleteError, UsageError
 from streamx.metrics import score_latent
 from streamx.store.amend import amend
 from streamx.store.folder import Folder
@@ -115,6 +115,94 @@ def test_what_anndata_wrote_can_be_amended_too(mapped):
     again = read(out / "q1.zarr")
     assert list(again.obs.columns) == [*cells.obs.columns, "kind_pred", "kind_uncertainty"]
     pd.testing.assert_frame_equal(again.obs[list(cells.obs.columns)], cells.obs)
+
+
+def test_levels_thresholds_and_novelty_are_written_and_reported(mapped, capsys):
+    from streamx.cli.main import main
+
+    model, out = mapped
+    kinds = read(model / "reference.zarr").obs["kind"].astype(object)
+    lineage = kinds.map({"B": "lymphoid", "NK": "lymphoid", "T": "lymphoid", "mono": "myeloid"})
+    amend(model / "reference.zarr", {"lineage": pd.Series(pd.Categorical(lineage.to_numpy()))})
+    sx.transfer(model, out, label_key="kind")
+    once = contents(out)
+    found = sx.transfer(
+        model, out, label_key="kind", within=["lineage"], keep=0.9, novelty=True, truth_key="truth"
+    )
+    names = ["lineage_pred", "lineage_uncertainty", "kind_pred", "kind_uncertainty", "kind_novelty"]
+    for name in ("q1", "q2"):
+        obs = read(out / f"{name}.zarr").obs
+        assert list(obs.columns) == ["truth", "n_genes", *names]
+        known = obs["kind_pred"] != "Unknown"
+        within = obs["kind_pred"][known].astype(str).eq("mono").map({True: "myeloid", False: "lymphoid"})
+        assert (obs["lineage_pred"][known].astype(str) == within).all()
+        assert obs["kind_novelty"].between(0, 1).all()
+        assert obs["kind_novelty"].iloc[3] == 1  # no latent
+        limit = found["thresholds"]["kind"]["value"]
+        assert (obs["kind_uncertainty"][known] <= limit).all()
+    assert set(found["thresholds"]) == {"lineage", "kind"}
+    assert found["thresholds"]["kind"]["kept"] >= 0.9
+    assert found["n_novel"] == sum(query["n_novel"] for query in found["queries"]) >= 2
+    assert set(found["per_label"]) == {"B", "NK", "T", "mono"}
+    recall = [label["recall"] for label in found["per_label"].values()]
+    assert found["balanced_accuracy"] == pytest.approx(np.mean(recall))
+    words = ["--label-key", "kind", "--within", "lineage", "--keep", "0.9", "--novelty"]
+    assert main(["transfer", str(model), str(out), *words, "--truth-key", "truth", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert {name: said[name] for name in found} == found
+    sx.transfer(model, out, label_key="lineage")
+    sx.transfer(model, out, label_key="kind")
+    assert "kind_novelty" not in read(out / "q1.zarr").obs
+    for name in ("lineage_pred", "lineage_uncertainty"):
+        for query in ("q1", "q2"):
+            amend(out / f"{query}.zarr", {name: None})
+    assert {key: contents(out)[key] for key in once if "/c/" in key} == {
+        key: once[key] for key in once if "/c/" in key
+    }
+    with pytest.raises(UsageError, match="threshold and keep given"):
+        sx.transfer(model, out, label_key="kind", threshold=0.5, keep=0.9)
+    with pytest.raises(BadValuesError, match="lies within both"):
+        sx.transfer(model, out, label_key="kind", within="study")
+
+
+def test_the_index_of_a_large_reference_is_kept(mapped, monkeypatch, caplog):
+    from streamx.neighbors import ivf
+
+    model, out = mapped
+    once = sx.transfer(model, out, label_key="kind", index="ivf")
+    assert once["index"] == "ivf"
+    assert once["knn_recall"] >= 0.95
+    (folder,) = (model / "neighbors").iterdir()
+    kept, predicted = contents(folder), contents(out)
+    with monkeypatch.context() as patch:
+        patch.delattr(ivf, "build_lists")
+        assert sx.transfer(model, out, label_key="kind", index="ivf") == once
+    sx.transfer(model, out, label_key="study", index="ivf")  # of more cells
+    assert len(list((model / "neighbors").iterdir())) == 2
+    points = next(folder.glob("lists-*-flat-*.npy"))
+    points.write_bytes(points.read_bytes()[:-1] + b"x")
+    sx.transfer(model, out, label_key="kind", index="ivf")
+    assert "made again" in caplog.text
+    assert contents(folder) == kept
+    again = contents(out)
+    assert all(again[key] == predicted[key] for key in predicted if "/obs/kind" in key)
+
+
+def test_an_index_that_cannot_be_kept_is_made(mapped):
+    model, out = mapped
+    (model / "neighbors").write_text("in the way")
+    assert sx.transfer(model, out, label_key="kind", index="ivf")["index"] == "ivf"
+
+
+def test_one_query_and_open_cells(mapped):
+    from streamx.mapping import read_queries, read_reference
+
+    model, out = mapped
+    whole = sx.transfer(model, out, label_key="kind")
+    reference, second = read_reference(model), read_queries(out)[1]
+    alone = sx.transfer(reference, second, label_key="kind")
+    assert alone["queries"] == whole["queries"][1:]
+    assert "latent_nk" not in vars(second)  # streamed
 
 
 def views(path, kinds):

@@ -10,6 +10,7 @@ count or BLAS.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,6 +18,7 @@ import numpy as np
 
 from streamx.config import parse_bytes
 from streamx.errors import BadValuesError, ResourceError
+from streamx.neighbors.blocks import blocks, finite_rows
 from streamx.threads import thread_count
 
 TILE = 4096  # reference rows per product: 512 x 4096 float32 stay in the cache
@@ -33,30 +35,49 @@ class ExactIndex:
     threads
         Query blocks searched at once (0: one per core).
     memory
-        Bytes that the index and its working blocks may use, results excluded.
+        Bytes that the index and its working blocks may use, results excluded. A reference that doesn't fit is
+        searched piece by piece.
 
     Raises
     ------
     BadValuesError
         If the reference isn't a finite matrix with at least one row.
     ResourceError
-        If `memory` can't hold the index.
+        If `memory` can't hold 4,096 cells and a block to work on.
     """
 
     method = "exact"
+    efforts = (0,)
+    effort = 0
 
     def __init__(self, reference_nk: np.ndarray, *, threads: int = 0, memory: str | int = "4GB") -> None:
         self.reference_nk = as_points(reference_nk, "the reference")
         self.threads = thread_count(threads)
         self._stages: dict[Any, _Tiles] = {}
+        self.memory = memory
         n, d = self.reference_nk.shape
-        tiles = n * (d + 1) * 12 + n * 16  # both precisions, each with its order
-        self._budget = parse_bytes(memory) - tiles
-        if self._budget < self.threads * _block_bytes(16, 64):
-            raise ResourceError(
-                f"exact search over {n:,} reference cells needs {tiles / 1e9:.2g} GB and room to work",
-                fix="raise the memory limit, or search with nndescent",
-            )
+        self._piece = n
+        each = (d + 1) * 12 + 16  # bytes of a cell: both precisions, each with its order
+        self._budget = parse_bytes(memory) - n * each
+        least = self.threads * _block_bytes(16, 64)
+        if self._budget < least:
+            self._piece = (parse_bytes(memory) - least) // each
+            if self._piece < min(n, TILE):
+                least += min(n, TILE) * each
+                raise ResourceError(
+                    f"exact search over {n:,} reference cells needs {least / 1e9:.2g} GB",
+                    fix="raise the memory limit",
+                )
+
+    @property
+    def n(self) -> int:
+        """Cells."""
+        return len(self.reference_nk)
+
+    @property
+    def d(self) -> int:
+        """Dimensions."""
+        return self.reference_nk.shape[1]
 
     def search(
         self, query_mk: np.ndarray, n_neighbors: int, own_m: np.ndarray | None = None
@@ -82,7 +103,10 @@ class ExactIndex:
             raise BadValuesError(
                 f"queries of shape {query_mk.shape} against {self.reference_nk.shape[1]} latent dimensions"
             )
-        k = min(n_neighbors + (own_m is not None), len(self.reference_nk))
+        if self._piece < self.n:
+            options: dict[str, Any] = {"threads": self.threads, "memory": self.memory}
+            return search_pieces(self.pieces(), query_mk, n_neighbors, own_m, **options)
+        k = min(n_neighbors + (own_m is not None), self.n)
         indices = np.full((len(query_mk), k), -1, dtype=np.int64)
         distances = np.full((len(query_mk), k), np.nan)
         todo = np.flatnonzero(np.isfinite(query_mk).all(axis=1))
@@ -93,6 +117,20 @@ class ExactIndex:
         if own_m is not None:
             indices, distances = leave_out(indices, distances, np.asarray(own_m))
         return indices, distances
+
+    def append(self, points_nk: np.ndarray) -> ExactIndex:
+        """The index with more cells, numbered on."""
+        together_nk = np.concatenate([self.reference_nk, points_nk])
+        return ExactIndex(together_nk, threads=self.threads, memory=self.memory)
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """All cells in pieces that memory holds: (rows, their numbers)."""
+        for low, rows_nk in blocks(self.reference_nk, self._piece):
+            yield rows_nk, np.arange(low, low + len(rows_nk))
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What to keep of the index, by name."""
+        return {"points": self.reference_nk}
 
     def _pass(
         self,
@@ -241,6 +279,42 @@ def leave_out(indices: np.ndarray, distances: np.ndarray, own_m: np.ndarray) -> 
     return indices[~drop].reshape(shape), distances[~drop].reshape(shape)
 
 
+def search_pieces(
+    pieces: Iterable[tuple[np.ndarray, np.ndarray]],
+    query_mk: np.ndarray,
+    n_neighbors: int,
+    own_m: np.ndarray | None = None,
+    *,
+    threads: int = 0,
+    memory: str | int = "4GB",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search over cells that come in pieces, as :meth:`ExactIndex.search` over all of them.
+
+    Parameters
+    ----------
+    pieces
+        (rows, their numbers in the reference) of each; any order.
+    """
+    m, k = len(query_mk), n_neighbors + (own_m is not None)
+    best = np.empty((m, 0), dtype=np.int64), np.empty((m, 0))
+    for rows_nk, numbers in pieces:
+        order = np.argsort(numbers)  # equal distances go by number
+        index = ExactIndex(rows_nk[order], threads=threads, memory=memory)
+        found, distances = index.search(query_mk, k)
+        best = merge(best, (np.where(found < 0, -1, numbers[order][found]), distances), k)
+    return best if own_m is None else leave_out(*best, np.asarray(own_m))
+
+
+def merge(
+    one: tuple[np.ndarray, np.ndarray], other: tuple[np.ndarray, np.ndarray], k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k nearest of two searches over different cells, by (distance, index)."""
+    indices = np.concatenate([one[0], other[0]], axis=1)
+    distances = np.concatenate([one[1], other[1]], axis=1)
+    order = np.lexsort((indices, distances))[:, :k]  # NaN, where nothing was found, comes last
+    return np.take_along_axis(indices, order, axis=1), np.take_along_axis(distances, order, axis=1)
+
+
 def as_points(points_nk: np.ndarray, name: str) -> np.ndarray:
     """A finite 2-D float array with at least one row, or an error that says what is wrong."""
     points_nk = np.asarray(points_nk)
@@ -248,7 +322,7 @@ def as_points(points_nk: np.ndarray, name: str) -> np.ndarray:
         raise BadValuesError(f"{name} has shape {points_nk.shape}, not (cells, dimensions)")
     if points_nk.dtype.kind != "f":
         points_nk = points_nk.astype(np.float64)
-    bad = np.flatnonzero(~np.isfinite(points_nk).all(axis=1))
+    bad = np.flatnonzero(~finite_rows(points_nk))
     if len(bad):
         raise BadValuesError(
             f"{name} has {len(bad):,} rows with NaN or inf, the first is row {bad[0]}",

@@ -6,6 +6,7 @@ Its compiler costs about a minute per process, its index 0.1-0.15 ms per referen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,24 @@ class NNDescentIndex:
     """
 
     method = "nndescent"
+    efforts = EPSILONS
 
     def __init__(self, reference_nk: np.ndarray, *, seed: int = 0, threads: int = 0) -> None:
         self.reference_nk = as_points(reference_nk, "the reference")
         self.threads = thread_count(threads)
         self.seed = seed
-        self.epsilon = EPSILONS[0]
+        self.effort = EPSILONS[0]
         self._index: Any = None
+
+    @property
+    def n(self) -> int:
+        """Cells."""
+        return len(self.reference_nk)
+
+    @property
+    def d(self) -> int:
+        """Dimensions."""
+        return self.reference_nk.shape[1]
 
     def search(
         self, query_mk: np.ndarray, n_neighbors: int, own_m: np.ndarray | None = None
@@ -52,12 +64,25 @@ class NNDescentIndex:
         for start in range(0, len(rows), ROWS):
             some = rows[start : start + ROWS]
             q_mk = query_mk[some].astype(np.float64)
-            found, _ = index.query(q_mk.astype(np.float32), k=k, epsilon=self.epsilon)
+            found, _ = index.query(q_mk.astype(np.float32), k=k, epsilon=self.effort)
             indices[some], squares = rank(q_mk, self.reference_nk, _filled(found, len(self.reference_nk)), k)
             distances[some] = np.sqrt(squares)
         if own_m is not None:
             indices, distances = leave_out(indices, distances, np.asarray(own_m))
         return indices, distances
+
+    def append(self, points_nk: np.ndarray) -> NNDescentIndex:
+        """The index with more cells, numbered on; its graph is made anew."""
+        together_nk = np.concatenate([self.reference_nk, points_nk])
+        return NNDescentIndex(together_nk, seed=self.seed, threads=self.threads)
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """As :meth:`.exact.ExactIndex.pieces`."""
+        yield self.reference_nk, np.arange(self.n)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """What to keep of the index: not its graph, which the seed gives again."""
+        return {"points": self.reference_nk}
 
     def _built(self) -> Any:
         if self._index is None:

@@ -71,6 +71,20 @@ def test_memory_changes_nothing_and_is_refused_when_too_small():
         ExactIndex(reference, memory="100kB")
 
 
+def test_a_reference_larger_than_memory_is_searched_in_pieces():
+    rng = np.random.default_rng(2)
+    reference = np.round(rng.normal(size=(9000, 4)) * 3).astype(np.float32)  # many equal distances
+    index = ExactIndex(reference, threads=1, memory="2MB")
+    assert len(list(index.pieces())) == 2
+    own = np.arange(0, 9000, 60)
+    query = reference[own].copy()
+    query[3] = np.nan
+    for mine in (None, own):
+        whole = ExactIndex(reference, threads=1).search(query, 15, mine)
+        np.testing.assert_array_equal(index.search(query, 15, mine)[0], whole[0])
+        np.testing.assert_array_equal(index.search(query, 15, mine)[1], whole[1])
+
+
 def test_self_is_left_out_also_among_duplicates():
     rng = np.random.default_rng(3)
     points = np.repeat(rng.normal(size=(40, 4)), 20, axis=0).astype(np.float32)

@@ -15,8 +15,9 @@ from streamx.neighbors.nndescent import EPSILONS, NNDescentIndex
 
 def test_auto_is_exact_while_small():
     assert choose_method(10_000, 10_000) == "exact"
-    assert choose_method(1_000_000, 50_000) == "exact"
-    assert choose_method(1_000_000, 1_000_000) == "nndescent"
+    assert choose_method(1_000_000, 1_000) == "exact"
+    assert choose_method(1_000_000, 50_000) == "ivf"
+    assert choose_method(1_000_000, 1_000_000) == "ivf"
     assert choose_method(10, 10, "nndescent") == "nndescent"
     with pytest.raises(UsageError, match="one of"):
         choose_method(10, 10, "faiss")
@@ -31,7 +32,7 @@ class Forgetful(NNDescentIndex):
         from streamx.neighbors.exact import ExactIndex
 
         indices, distances = ExactIndex(self.reference_nk).search(query_mk, n_neighbors, own_m)
-        if self.epsilon < self.needs:
+        if self.effort < self.needs:
             indices[:, ::2], distances[:, ::2] = 0, 1e9
         return indices, distances
 
@@ -40,7 +41,7 @@ def test_recall_is_raised_to_its_target():
     rng = np.random.default_rng(0)
     index = Forgetful(rng.normal(size=(300, 4)).astype(np.float32))
     recall, rows = reach_recall(index, rng.normal(size=(2000, 4)), 6)
-    assert (recall, rows, index.epsilon) == (1.0, 1000, 0.3)
+    assert (recall, rows, index.effort) == (1.0, 1000, 0.3)
 
 
 def test_recall_below_its_target_warns():
@@ -50,7 +51,7 @@ def test_recall_below_its_target_warns():
     with pytest.warns(StreamxWarning, match=r"recall of 0\.500"):
         recall, _ = reach_recall(index, rng.normal(size=(50, 4)), 6)
     assert recall == 0.5
-    assert index.epsilon == EPSILONS[-1]
+    assert index.effort == EPSILONS[-1]
 
 
 def test_exact_recall_is_one_by_construction():

@@ -135,7 +135,7 @@ def test_threshold_is_on_uncertainty():
 def test_chunks_change_nothing(monkeypatch):
     reference, labels, query = cells(8)
     whole = transfer_labels(reference, labels, query, method="weighted")
-    monkeypatch.setattr("streamx.transfer.ROWS", 17)
+    monkeypatch.setattr("streamx.transfer.ask.ROWS", 17)
     parts = transfer_labels(reference, labels, query, method="weighted")
     np.testing.assert_array_equal(whole.codes_n, parts.codes_n)
     np.testing.assert_array_equal(whole.uncertainty_n, parts.uncertainty_n)
