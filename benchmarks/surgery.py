@@ -4,8 +4,9 @@
 
 A synthetic reference of each size, and query files of one new batch each. `streamx surgery` learns the files
 one by one in processes of their own (CPU seconds and anonymous peak each: neither may grow with the
-reference), then all in one process that is killed with SIGKILL at random moments and run again until it is
-done: its folder must hold the same bytes. One JSON line each, appended to results/surgery.jsonl.
+reference, nor with the files before), then all in one process that is killed with SIGKILL at random moments,
+in CPU seconds, and run again until it is done: its folder must hold the same bytes. One JSON line each,
+appended to results/surgery.jsonl.
 """
 
 from __future__ import annotations
@@ -113,13 +114,23 @@ def killed(folder: Path, files: list[Path], updated: Path, rng: random.Random) -
         process = subprocess.Popen(
             [*CLI, *words, "--checkpoint-seconds", "1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
-        try:
-            process.wait(timeout=rng.uniform(2, 5) if kills < KILLS else None)
+        limit = rng.uniform(2, 6) if kills < KILLS else float("inf")
+        while process.poll() is None and cpu_of(process.pid) < limit:
+            time.sleep(0.02)
+        if process.returncode is not None:
             return kills
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+
+
+def cpu_of(pid: int) -> float:
+    """CPU seconds of a running process."""
+    try:
+        spent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    except OSError:
+        return 0.0
+    return sum(map(int, spent)) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ _PUBLIC: dict[str, str] = {
     "map": "streamx.jobs.call:map_queries",
     "status": "streamx.jobs.status:status",
     "export": "streamx.export:export",
+    "report": "streamx.report:report",
     "integrate": "streamx.integrate:integrate",
     "simulate": "streamx.simulate.write:simulate",
     "SCALEX": "streamx.integrate:SCALEX",

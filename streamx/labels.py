@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from streamx.config import UNLABELED
 from streamx.errors import UsageError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,47 @@ def unify_labels(*parts: Labels) -> list[Labels]:
         Labels(np.array([*(position[n] for n in part.names), -1], dtype=np.int32)[part.codes_n], names)
         for part in parts
     ]
+
+
+def crosstab(true: Any, pred: Any, conserved: bool = False) -> pd.DataFrame:
+    """Number of cells with each pair of labels, as SCALEX's tutorials tabulate them.
+
+    Cells that lack either label (see :func:`encode_labels`) don't count; ``Unknown`` is a prediction like any
+    other.
+
+    Parameters
+    ----------
+    true, pred
+        A label per cell each: rows and columns of the table.
+    conserved
+        Only categories that both sides have.
+
+    Returns
+    -------
+    pandas.DataFrame
+        int64, (labels of `true`, labels of `pred`), both sorted as text. Tables of pieces of the cells can
+        be summed (``a.add(b, fill_value=0)``).
+
+    Raises
+    ------
+    UsageError
+        If the two differ in length.
+    """
+    import pandas as pd
+
+    rows, columns = encode_labels(true, ("",)), encode_labels(pred, ("",))
+    if len(rows) != len(columns):
+        raise UsageError(f"{len(rows):,} labels, {len(columns):,} predictions")
+    both = rows.known_n & columns.known_n
+    rows, columns = rows.take(both), columns.take(both)
+    n_rows, n_columns = len(rows.names), len(columns.names)
+    pair = rows.codes_n.astype(np.int64) * n_columns + columns.codes_n
+    counts = np.bincount(pair, minlength=n_rows * n_columns).reshape(n_rows, n_columns)
+    table = pd.DataFrame(counts, index=pd.Index(rows.names), columns=pd.Index(columns.names))
+    if not conserved:
+        return table
+    shared = [name for name in rows.names if name in columns.names]
+    return table.loc[shared, shared]
 
 
 def _factorize(labels: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -64,6 +64,16 @@ class Schema:
         known = set(self.batches)
         return replace(self, batches=self.batches + tuple(n for n in names if n not in known))
 
+    def with_levels(self, names: Mapping[str, Iterable[str]]) -> Schema:
+        """The same and these levels of its categorical covariates, where they are new, after the old ones."""
+        return replace(
+            self,
+            categories=tuple(
+                (key, (*levels, *(n for n in names.get(key, ()) if n not in levels)))
+                for key, levels in self.categories
+            ),
+        )
+
 
 @dataclass(frozen=True)
 class Alignment:

@@ -47,6 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "metrics": CORE | {"labels", "neighbors"},
     "plots": CORE | {"labels", "neighbors", "metrics"},
     "figures": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
+    "report": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
     "surgery": DATA | {"models", "train", "query", "project", "mapping"},
     "jobs": CORE | {"store", "train", "labels", "query", "project", "mapping", "surgery"},
@@ -69,6 +70,7 @@ ROOMS: dict[str, set[str]] = {
         "export",
         "figures",
         "plots",
+        "report",
         "demo",
         "jobs",
     }

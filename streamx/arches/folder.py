@@ -108,10 +108,9 @@ def write_cells(location: Location, model: Model, cells: Collection, digest: str
 
 
 def _as_card(state: State) -> dict[str, Any]:
-    surgery = state.surgery
     return {
         "keys": asdict(state.keys),
-        "surgery": None if surgery is None else asdict(surgery),
+        "surgery": None if state.surgery is None else asdict(state.surgery),
     }
 
 

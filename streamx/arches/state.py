@@ -35,11 +35,19 @@ from streamx.store.collection import Collection
 from streamx.store.convert import convert
 from streamx.surgery.cells import lay_query
 from streamx.train.build import takes_floats
+from streamx.train.cells import names_in
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.distributed import ALONE
 from streamx.train.model import Model, load_model
 from streamx.train.run import train
-from streamx.train.surgery import learn_batches, measured_in, narrowed, widen, with_batch
+from streamx.train.surgery import (
+    learn_batches,
+    measured_in,
+    narrowed,
+    widen,
+    with_batch,
+    with_covariates,
+)
 from streamx.train.task import Run
 
 History = list[dict[str, float]]
@@ -47,7 +55,8 @@ History = list[dict[str, float]]
 
 @dataclass(frozen=True)
 class Surgery:
-    """That a model learns the last ``n_new`` of its batches, and what stays meanwhile.
+    """That a model learns the last ``n_new`` of its batches, and so many levels of each covariate; and what
+    stays meanwhile.
 
     ``mask_missing``: genes that the data lack are left out of the likelihood, instead of counting as zero.
     """
@@ -55,6 +64,7 @@ class Surgery:
     n_new: int
     options: FreezeConfig | TrvaeFreezeConfig
     mask_missing: bool = False
+    n_new_levels: Sequence[int] = ()
 
 
 @dataclass(eq=False)
@@ -311,10 +321,14 @@ def start_query(
         schema = schema.with_batches([name])
         run = Run(view, schema, config, None, torch.device("cpu"), ALONE, None)
         module = with_batch(run, module, name)
+    schema = schema.with_levels({key: names_in(view.obs_column(key)) for key, _ in schema.categories})
+    run = Run(view, schema, config, None, torch.device("cpu"), ALONE, None)
+    module, n_new_levels = with_covariates(run, module)
     module.eval().to(pick_device(state.device))
     state.model = replace(model, module=module, schema=schema)
-    state.surgery, state.trained = Surgery(len(new), options, mask_missing), not new
-    if not new:
+    state.surgery = Surgery(len(new), options, mask_missing, n_new_levels)
+    state.trained = not new and not any(n_new_levels)
+    if state.trained:
         warn("the reference knows all batches of these data: there is nothing to learn")
 
 
@@ -372,7 +386,8 @@ def _train_query(state: State, settings: dict[str, Any], progress: bool) -> None
     measured = measured_in(view, state.model.schema)
     learning = narrowed(state.kind, state.model.schema, module, measured)
     with one_torch_thread():
-        done = learn_batches(run, learning, state.surgery.n_new, state.surgery.options, progress=progress)
+        new, options = state.surgery, state.surgery.options
+        done = learn_batches(run, learning, new.n_new, options, new.n_new_levels, progress=progress)
     if measured is not None:
         widen(module, learning, measured)
     module.eval().to(device)

@@ -38,7 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Nothing, with a reference trained with --arches: batches may come in any order, and with --refit "
         "a batch in any number of files. The order counts where new batches share weights: with "
         "--no-freeze-decoder-first-layer, --no-freeze-classifier, a decoder with batch norm (unless "
-        "--freeze-batchnorm-decoder), and a modelled library size, whose encoder every batch trains on.",
+        "--freeze-batchnorm-decoder), a modelled library size, whose encoder every batch trains on, and "
+        "levels of further covariates, which come with the first batch that has them and then stay.",
+    )
+    parser.add_argument_group(
+        "what surgery can't see",
+        "A batch of nothing but a type that the reference lacks: its difference is learnt as a batch effect, "
+        "and its cells lie within a known type. totalVI's classifier of batches, which training fools where "
+        "batches lack proteins, has no part in surgery: a batch is learnt alone, with none to tell it from.",
     )
 
 

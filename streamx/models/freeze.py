@@ -6,13 +6,14 @@ weight decay, which would move weights that have no gradient.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from streamx.config import FreezeConfig
-from streamx.models.grow import batch_tables
+from streamx.models.grow import batch_tables, covariate_layers
 from streamx.models.stack import Layer
 from streamx.models.trvae import Block
 
@@ -42,13 +43,15 @@ class Trainable:
     still_norms: tuple[str, ...] = ()
 
 
-def trainable(module: nn.Module, n_new: int, options: FreezeConfig | None = None) -> Trainable:
-    """What moves while a model learns its last ``n_new`` batches.
+def trainable(
+    module: nn.Module, n_new: int, options: FreezeConfig | None = None, n_new_levels: Sequence[int] = ()
+) -> Trainable:
+    """What moves while a model learns its last ``n_new`` batches, and so many levels of each covariate.
 
-    Always: the new batches' values in every table, and the whole encoder of the library size. By option: the
-    first layers of encoder and decoder, batch norms, the classifier (Lotfollahi 2022; the options are
-    scvi-tools'). Two deviations: the old batches' values stay even where the query has cells of them, as do
-    those of further covariates; and a frozen classifier's batch norm keeps its statistics too.
+    Always: the new batches' values in every table, the new levels' columns, and the whole encoder of the
+    library size. By option: the first layers of encoder and decoder, batch norms, the classifier (Lotfollahi
+    2022; the options are scvi-tools'). Two deviations: the old batches' and levels' values stay even where
+    the query has cells of them; and a frozen classifier's batch norm keeps its statistics too.
     """
     options = options or FreezeConfig()
     parameters = dict(module.named_parameters())
@@ -62,6 +65,9 @@ def trainable(module: nn.Module, n_new: int, options: FreezeConfig | None = None
             moves[name] = None
         elif name in tables and not (_part(name).startswith("log_theta_") and options.freeze_dispersion):
             moves[name] = last(parameter, tables[name], n_new)
+    if any(n_new_levels):
+        for name, layer in covariate_layers(module).items():
+            moves.setdefault(f"{name}.category", layer.last_levels(n_new_levels))
     names = dict(module.named_modules())
     layers = [n for n, m in names.items() if isinstance(m, Layer) and _part(n) not in whole]
     norms = [n for n, m in names.items() if isinstance(m, nn.BatchNorm1d) and _part(n) not in whole]

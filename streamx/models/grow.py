@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from streamx.models.sparse import SparseLinear
+from streamx.models.stack import CovariateLinear
 
 
 def batch_dimension(name: str) -> int | None:
@@ -99,6 +100,34 @@ def _append(
         setattr(owner, leaf, nn.Parameter(longer, requires_grad=table.requires_grad))
     else:
         owner.register_buffer(leaf, longer)
+
+
+def covariate_layers(module: nn.Module) -> dict[str, CovariateLinear]:
+    """The layers that further categorical covariates enter, by name: those that batches do.
+
+    (scANVI's labels are levels of layers without batches.)
+    """
+    parts = module.named_modules()
+    return {n: p for n, p in parts if isinstance(p, CovariateLinear) and p.batch is not None and p.n_levels}
+
+
+def with_levels(module: nn.Module, generators: Sequence[Sequence[torch.Generator]]) -> nn.Module:
+    """A new module with more levels of its categorical covariates; the given module stays as it is.
+
+    ``generators``: for each covariate a CPU generator for every new level, which draws its columns layer by
+    layer. In scvi-tools new columns go behind all others, so that a new batch takes those of the first
+    covariate's first level; here each goes behind the levels of its own covariate.
+    """
+    made = copy.deepcopy(module)
+    for category, of_levels in enumerate(generators):
+        for generator in of_levels:
+            for layer in covariate_layers(made).values():
+                layer.add_level(category, generator)
+    for part in made.modules():
+        if "n_levels" in vars(part) and not isinstance(part, CovariateLinear):
+            added = zip(vars(part)["n_levels"], generators, strict=True)
+            vars(part)["n_levels"] = tuple(n + len(new) for n, new in added)
+    return made
 
 
 def selected(module: nn.Module, codes: Sequence[int]) -> nn.Module:

@@ -7,6 +7,7 @@ its output: the same sum, without the zeros.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -93,11 +94,18 @@ class CovariateLinear(nn.Module):
         self.continuous = nn.Parameter(parts[1]) if n_continuous else None
         self.batch = None if n_batches is None else nn.Parameter(parts[2])
         self.category = nn.Parameter(parts[3]) if sum(levels) else None
-        # Where each category's columns begin; categories without columns are left out.
+        self._lay_levels(n_levels)
+
+    def _lay_levels(self, n_levels: tuple[int, ...]) -> None:
+        """Where each category's columns begin; categories without columns are left out."""
+        levels = [n_columns(n) for n in n_levels]
+        self.n_levels = n_levels
+        device = self.linear.weight.device
         kept = [c for c, n in enumerate(levels) if n]
-        self.register_buffer("kept_c", torch.tensor(kept, dtype=torch.int64), persistent=False)
+        kept_c = torch.tensor(kept, dtype=torch.int64, device=device)
+        self.register_buffer("kept_c", kept_c, persistent=False)
         kept_levels = [0, *(n for n in levels if n)]
-        first_c = torch.tensor(kept_levels[:-1], dtype=torch.int64).cumsum(0)
+        first_c = torch.tensor(kept_levels[:-1], dtype=torch.int64, device=device).cumsum(0)
         self.register_buffer("first_c", first_c, persistent=False)
 
     def forward(
@@ -128,10 +136,40 @@ class CovariateLinear(nn.Module):
         scvi-tools it does, by the width of the layer).
         """
         assert name == "batch"
-        assert self.batch is not None
-        tables = (self.linear.weight, self.continuous, self.category)
-        bound = 1 / math.sqrt(2 + sum(table.shape[1] for table in tables if table is not None))
-        return torch.empty(len(self.batch)).uniform_(-bound, bound, generator=generator)
+        return self._new_column(generator)
+
+    def _new_column(self, generator: torch.Generator) -> Tensor:
+        """A column as in a layer of two batches, and of two levels of each category."""
+        n_continuous = 0 if self.continuous is None else self.continuous.shape[1]
+        bound = 1 / math.sqrt(self.linear.weight.shape[1] + n_continuous + 2 + 2 * len(self.n_levels))
+        return torch.empty(len(self.linear.weight)).uniform_(-bound, bound, generator=generator)
+
+    @torch.no_grad()
+    def add_level(self, category: int, generator: torch.Generator) -> None:
+        """One level more of a category, in place, drawn as a new batch's column; the others keep their bits.
+
+        A category of a single level has no column: it gets one of zeros, and its cells the results that they
+        had.
+        """
+        stop = sum(n_columns(n) for n in self.n_levels[: category + 1])
+        new = [self._new_column(generator).to(self.linear.weight)]
+        if self.n_levels[category] == 1:
+            new.insert(0, torch.zeros_like(new[0]))
+        old = self.linear.weight.new_zeros(len(new[0]), 0) if self.category is None else self.category
+        longer = torch.cat([old[:, :stop], torch.stack(new, 1), old[:, stop:]], 1)
+        self.category = nn.Parameter(longer, requires_grad=self.linear.weight.requires_grad)
+        n_levels = list(self.n_levels)
+        n_levels[category] += 1
+        self._lay_levels(tuple(n_levels))
+
+    def last_levels(self, n_new: Sequence[int]) -> Tensor:
+        """Where the columns of so many last levels of each category are: bool, of the table's shape."""
+        assert self.category is not None
+        mask, stop = torch.zeros_like(self.category, dtype=torch.bool), 0
+        for n, new in zip(self.n_levels, n_new, strict=True):
+            stop += n_columns(n)
+            mask[:, stop - new : stop] = True
+        return mask
 
 
 class Layer(nn.Module):

@@ -169,31 +169,44 @@ def _pair_means(
     else:
         raise UsageError(f"no {use_rep!r} in obsm or layers")
     labels, batches = encode_labels(adata.obs[color], ("",)), encode_labels(adata.obs[batch], ("",))
-    code = np.where(
-        labels.known_n & batches.known_n,
-        batches.codes_n.astype(np.int64) * max(len(labels.names), 1) + labels.codes_n,
-        -1,
-    )
-    pairs, means = [], []
-    for value in np.unique(code[code >= 0]):
-        at, which = divmod(int(value), len(labels.names))
-        pairs.append((batches.names[at], labels.names[which]))
-        rows = np.flatnonzero(code == value)
-        means.append(_mean(profiles, rows))
-    if not pairs:
+    both = labels.known_n & batches.known_n
+    code = np.where(both, batches.codes_n.astype(np.int64) * len(labels.names) + labels.codes_n, -1)
+    present = np.unique(code[code >= 0])
+    if not len(present):
         raise UsageError(f"no cell has both a {batch} and a {color}")
-    return pairs, np.vstack(means)
+    pairs = [
+        (batches.names[at], labels.names[which])
+        for at, which in (divmod(c, len(labels.names)) for c in present.tolist())
+    ]
+    pair_n = np.where(both, np.searchsorted(present, code), -1)
+    return pairs, _means(profiles, pair_n, len(pairs))
 
 
-def _mean(profiles: Any, rows: np.ndarray, size: int = 10_000) -> np.ndarray:
-    """Mean over rows that are finite, by blocks (profiles may be sparse or on disk)."""
-    total, n = 0.0, 0
-    for start in range(0, len(rows), size):
-        block = profiles[rows[start : start + size]]
-        block = np.asarray(block.toarray() if hasattr(block, "toarray") else block, dtype=np.float64)
-        finite = np.isfinite(block).all(axis=1)
-        total, n = total + block[finite].sum(axis=0), n + int(finite.sum())
-    return total / max(n, 1)  # type: ignore[return-value]
+def _means(profiles: Any, pair_n: np.ndarray, n_pairs: int, size: int = 10_000) -> np.ndarray:
+    """Mean profile per pair, float64 (n_pairs, n_features), over its rows that are finite, in one pass.
+
+    Profiles may be dense, sparse, a frame, or on disk (h5ad, zarr, dask): blocks of rows are read in order.
+    Cells with pair -1 don't count; a pair without a finite row has zeros.
+    """
+    from scipy.sparse import csr_matrix, issparse
+
+    if hasattr(profiles, "to_numpy"):
+        profiles = profiles.to_numpy()
+    total = np.zeros((n_pairs, profiles.shape[1]))
+    n_rows = np.zeros(n_pairs)
+    for start in range(0, len(pair_n), size):
+        block, own = profiles[start : start + size], pair_n[start : start + size]
+        block = block.compute() if hasattr(block, "compute") else block
+        values = (
+            csr_matrix(block, dtype=np.float64) if issparse(block) else np.asarray(block, dtype=np.float64)
+        )
+        finite = np.isfinite(np.asarray(values.sum(axis=1)).ravel())
+        rows = np.flatnonzero((own >= 0) & finite)
+        member = csr_matrix((np.ones(len(rows)), (own[rows], np.arange(len(rows)))), (n_pairs, len(rows)))
+        sums = member @ values[rows]
+        total += sums.toarray() if issparse(sums) else sums
+        n_rows += np.bincount(own[rows], minlength=n_pairs)
+    return total / np.maximum(n_rows, 1)[:, None]
 
 
 def _correlate(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -104,10 +104,10 @@ def can_show(show: bool, save: Any) -> bool:
     return name in windows or "inline" in name or "ipympl" in name
 
 
-def finish(figure: Figure, save: str | Path | None, on_screen: bool) -> Figure:
+def finish(figure: Figure, save: str | Path | None, on_screen: bool, dpi: int = DPI) -> Figure:
     """Write the figure where `save` says (format by suffix), or show it."""
     if save is not None:
-        write(figure, Path(save))
+        write(figure, Path(save), dpi)
     elif on_screen:
         import matplotlib.pyplot as plt
 
@@ -115,7 +115,7 @@ def finish(figure: Figure, save: str | Path | None, on_screen: bool) -> Figure:
     return figure
 
 
-def write(figure: Figure, path: Path) -> None:
+def write(figure: Figure, path: Path, dpi: int = DPI) -> None:
     """PNG, PDF or SVG by suffix; folders are made. The same figure gives the same bytes."""
     suffix = path.suffix.lower().lstrip(".")
     known = figure.canvas.get_supported_filetypes()
@@ -123,7 +123,7 @@ def write(figure: Figure, path: Path) -> None:
         raise UsageError(f"{path.name}: no format {suffix!r}", fix="end the name in .png, .pdf or .svg")
     path.parent.mkdir(parents=True, exist_ok=True)
     dateless = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}.get(suffix)
-    figure.savefig(path, dpi=DPI, format=suffix, bbox_inches="tight", pad_inches=0.08, metadata=dateless)
+    figure.savefig(path, dpi=dpi, format=suffix, bbox_inches="tight", pad_inches=0.08, metadata=dateless)
 
 
 def as_file_name(text: str) -> str:

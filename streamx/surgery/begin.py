@@ -11,6 +11,7 @@ import streamx
 from streamx.errors import SettingsChangedError
 from streamx.store.latents import write_latents
 from streamx.store.location import Location, Put
+from streamx.surgery.narrow import spread_of
 from streamx.train.build import n_latent_of
 from streamx.train.model import CARD, FORMAT, WEIGHTS, Model, read_card, save_weights, seal
 
@@ -39,7 +40,8 @@ def begin(source: Location, out: Location, model: Model) -> None:
         out.write(key, source.read(key))
     for name in ["reference.zarr", *model.card.get("added", [])]:
         copy_tree(source.below(name), out.below(name))
-    fresh = {"earlier": [], "added": [], "surgery": [], "weights": WEIGHTS}
+    spread = spread_of(out.below("reference.zarr"), model.latent_key)
+    fresh = {"earlier": [], "added": [], "surgery": [], "weights": WEIGHTS, "spread": spread}
     out.write(CARD, seal(fresh | model.card | {"origin": model.id}))
 
 

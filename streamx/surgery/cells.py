@@ -20,6 +20,7 @@ from streamx.query import Block, Query, lay_blocks, obs_rows
 from streamx.store.collection import Collection
 from streamx.store.pack import Content, write_part
 from streamx.store.spill import Slab
+from streamx.train.cells import category_codes
 from streamx.train.model import Model
 
 PLACE = "_streamx_place"  # of a cell among those of its file that pass
@@ -56,6 +57,8 @@ def lay_query(
     ------
     EmptyError
         If no cell of these batches passes.
+    BadValuesError
+        If a cell has an unknown label, or one of another batch an unknown level of a covariate.
     """
     kept = lay_blocks(blocks, query.scratch / "blocks", len(model.genes))
     wanted_b = np.isin(query.batches, batches)
@@ -67,6 +70,7 @@ def lay_query(
     measured = {name: np.zeros(len(model.schema.proteins), bool) for name in batches}
     for number, block in enumerate(kept):
         mine = np.flatnonzero(wanted_b[block.batch_n])
+        _check_levels(model, query, block.row_n[~wanted_b[block.batch_n]])
         frame = obs_rows(query, block.row_n[mine], _columns(model))
         frame["batch"] = np.array(query.batches, dtype=object)[block.batch_n[mine]]
         frame[PLACE] = place + mine
@@ -141,6 +145,15 @@ def _read_view(
 
 def _of_genes(x_ng: Any, genes: np.ndarray) -> Any:
     return x_ng if len(genes) == x_ng.shape[1] else x_ng[:, genes]
+
+
+def _check_levels(model: Model, query: Query, row_n: np.ndarray) -> None:
+    """Cells that are only projected have levels that the model knows; said before others are learnt from."""
+    if len(row_n) and model.schema.categories:
+        obs = obs_rows(query, row_n, [key for key, _ in model.schema.categories])
+        for key, names in model.schema.categories:
+            if key in obs:
+                category_codes(obs[key], names, key=key, where=query.name)
 
 
 def _check_labels(model: Model, query: Query, obs: pd.DataFrame, new_labels: str) -> None:

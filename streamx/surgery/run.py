@@ -10,13 +10,14 @@
       cells/<name>          counts of batches that may be learnt anew (with ``refit``)
 
 A file is done when the card says so; until then all that was written for it is written anew by the next run.
+An index that `transfer` keeps goes by the checksum of its cells: with more of them it makes a new one.
 """
 
 from __future__ import annotations
 
 import logging
 import shutil
-import zlib
+from collections.abc import Collection
 from dataclasses import asdict, fields, replace
 from itertools import chain
 from pathlib import Path
@@ -26,34 +27,30 @@ import numpy as np
 import torch
 
 from streamx.config import (
-    TRAINING,
     FreezeConfig,
     ProjectConfig,
     SurgeryConfig,
-    TrainConfig,
     build,
     parse_bytes,
 )
-from streamx.errors import BadFileError, InputError, SettingsChangedError, UsageError, warn
+from streamx.errors import InputError, SettingsChangedError, UsageError, warn
 from streamx.mapping import read_cells
-from streamx.models.grow import selected
 from streamx.project import project
 from streamx.query import Request, open_query, read_blocks, requests
 from streamx.store.amend import amend
-from streamx.store.collection import Collection, open_collection
 from streamx.store.journal import Journal, first_difference
 from streamx.store.location import Location, open_location
 from streamx.surgery.arrivals import arrivals
+from streamx.surgery.batch import files_with, kept, learn, reading_of
 from streamx.surgery.begin import begin, copy_tree
-from streamx.surgery.cells import PLACE, lay_query, merge_cells, rows_of
+from streamx.surgery.cells import PLACE, lay_query
+from streamx.surgery.narrow import warn_narrow
 from streamx.train.build import TAKES_ROWS
 from streamx.train.cells import columns_of
 from streamx.train.counts import latents
-from streamx.train.device import one_torch_thread, pick_device
-from streamx.train.distributed import ALONE
+from streamx.train.device import one_torch_thread
 from streamx.train.model import CARD, Model, load_model, save_weights, seal
-from streamx.train.surgery import learn_batch, measured_in, narrowed
-from streamx.train.task import Run
+from streamx.train.surgery import measured_in, narrowed
 
 log = logging.getLogger("streamx")
 
@@ -207,7 +204,7 @@ def _add(
                 learnable,
                 blocks,
                 home,
-                _reading(config),
+                reading_of(config),
                 new_labels=config.new_labels,
                 mask_missing=config.mask_missing,
             )
@@ -216,7 +213,7 @@ def _add(
     learnt: dict[str, Any] = {}
     if view is not None:
         for batch in sorted(view.batches):
-            model, learnt[batch] = _learn(out, model, view, batch, config, options, journal, progress)
+            model, learnt[batch] = learn(out, model, view, batch, config, options, journal, progress)
     return _commit(out, model, request, entry, learnt, query.batches, config, journal, progress)
 
 
@@ -240,79 +237,7 @@ def _mapping(config: SurgeryConfig) -> ProjectConfig:
 
 def _learnable(model: Model, batch: str, config: SurgeryConfig) -> bool:
     """Whether a batch is learnt: new ones; with ``refit`` also those that surgery added before."""
-    return batch not in model.batches or (config.refit and bool(_files_with(model, batch)))
-
-
-def _files_with(model: Model, batch: str) -> list[str]:
-    """Names of the files from which a batch was learnt."""
-    return [entry["name"] for entry in model.card["surgery"] if batch in entry["report"]["learnt"]]
-
-
-def _reading(config: SurgeryConfig) -> dict[str, Any]:
-    return {"memory": config.memory, "threads": config.threads}
-
-
-def _learn(
-    out: Location,
-    model: Model,
-    view: Collection,
-    batch: str,
-    config: SurgeryConfig,
-    options: FreezeConfig,
-    journal: Journal,
-    progress: bool,
-) -> tuple[Model, dict[str, Any]]:
-    """The model with this batch learnt, last among its batches or again in its place; and how that went."""
-    earlier = _files_with(model, batch)
-    schema, module = model.schema, model.module
-    if earlier:  # on all its cells, as if they had come at once
-        views = [_kept(out, name) for name in earlier]
-        scratch = Path(journal.location.root) / "merged"
-        shutil.rmtree(scratch, ignore_errors=True)
-        view = merge_cells(model, [*views, view], batch, scratch, _reading(config))
-        place = schema.batches.index(batch)
-        others = [code for code in range(len(schema.batches)) if code != place]
-        module = selected(module, others)
-        schema = replace(schema, batches=tuple(schema.batches[code] for code in others))
-    schema = schema.with_batches([batch])
-    training = _training(model.kind, config)
-    run = Run(view, schema, training, None, pick_device(config.device), ALONE, journal, name=_state(batch))
-    module, state = learn_batch(run, module, batch, rows_of(view, batch), options, progress=progress)
-    module = module.cpu().eval()
-    if earlier:
-        last = len(schema.batches) - 1
-        module = selected(module, [*range(place), last, *range(place, last)])
-        schema = model.schema
-    done = state.history[-1]
-    report = {"cells": view.n_obs, "epochs": state.epoch, "loss": done.get("validation_loss", done["loss"])}
-    return replace(model, module=module, schema=schema), report
-
-
-def _kept(out: Location, name: str) -> Collection:
-    try:
-        return open_collection(Path(out.root) / "cells" / name)
-    except BadFileError:
-        raise UsageError(
-            f"{name} was added without refit: its cells are not here",
-            where=str(out),
-            fix="begin a new folder, with --refit from the first file on",
-        ) from None
-
-
-def _state(batch: str) -> str:
-    """Name of a batch's state in the journal."""
-    return f"batch-{zlib.crc32(batch.encode()):08x}"
-
-
-def _training(kind: str, config: SurgeryConfig) -> TrainConfig:
-    """The model's own training settings, and what the call says instead.
-
-    Weight decay would move weights that have no gradient, and the reference's latents with them: it is 0.
-    """
-    asked = {f.name: getattr(config, f.name) for f in fields(SurgeryConfig)}
-    known = {f.name for f in fields(TrainConfig)}
-    given = {name: value for name, value in asked.items() if value is not None and name in known}
-    return TrainConfig(model=kind, **TRAINING[kind] | given | {"weight_decay": 0.0})
+    return batch not in model.batches or (config.refit and bool(files_with(model, batch)))
 
 
 def _commit(
@@ -343,6 +268,7 @@ def _commit(
     [mapped] = project(
         model, {request.name: list(request.inputs)}, out.below("added"), progress=progress, **mapping
     )
+    _look(out.below(added), learnt, config.batch_key, card.get("spread", 0.0))
     report = {
         "n_cells": mapped["n_passed"],
         "learnt": learnt,
@@ -352,6 +278,7 @@ def _commit(
     old, names = model.card["weights"], _encoded_again(out, model, learnt, number, config)
     card = card | {
         "batches": list(model.schema.batches),
+        "categories": model.schema.categories,
         "added": [*names, added],
         "surgery": [*card["surgery"], entry | {"report": report}],
     }
@@ -365,6 +292,16 @@ def _commit(
     return {"name": request.name, "status": "done"} | report
 
 
+def _look(added: Location, learnt: Collection[str], batch_key: str | None, spread: float) -> None:
+    """Warn of new batches whose cells may be of one kind."""
+    cells = read_cells(added, str(added))
+    for batch in learnt:
+        mine = np.ones(cells.n_cells, bool)
+        if batch_key is not None:
+            mine = (cells.column(batch_key).astype(str) == batch).to_numpy()
+        warn_narrow(batch, cells.latent_nk[mine], spread)
+
+
 def _encoded_again(
     out: Location, model: Model, learnt: dict[str, Any], number: int, config: SurgeryConfig
 ) -> list[str]:
@@ -376,9 +313,13 @@ def _encoded_again(
             fresh = f"added/{entry['name']}.{number:06d}.zarr"
             out.delete_tree(fresh)
             copy_tree(out.below(name), out.below(fresh))
-            view, key = _kept(out, entry["name"]), model.latent_key
+            view, key = kept(out, entry["name"]), model.latent_key
             columns = columns_of(view, model.schema, torch.device("cpu"))
-            options = {"device": torch.device("cpu"), "sparse": model.kind in TAKES_ROWS, **_reading(config)}
+            options = {
+                "device": torch.device("cpu"),
+                "sparse": model.kind in TAKES_ROWS,
+                **reading_of(config),
+            }
             module = narrowed(model.kind, model.schema, model.module, measured_in(view, model.schema))
             found_nk = latents(module, view, columns, **options)
             z_nk = read_cells(out.below(fresh), fresh).latent_nk

@@ -345,6 +345,50 @@ def test_other_queries(tmp_path: Path) -> None:
     assert np.abs(latents(moved, cells()) - latents(model)).max() > 1e-6
 
 
+def test_new_levels_of_a_covariate(tmp_path: Path) -> None:
+    """The reference's latents stay; in scvi-tools a new batch takes the column of the first level."""
+    keys = {"batch_key": "study", "categorical_covariate_keys": ("donor",)}
+    model = sx.SCVI(cells(), **SMALL, **ARCHES, **keys)
+    model.train(1, **QUICK)
+    query = cells("c", seed=3)
+    query.obs["donor"] = "new"
+    extended = sx.SCVI.load_query_data(query, model)
+    [(key, levels)] = extended.state.model.schema.categories
+    assert (key, levels[-1], extended.state.model.batches[-1]) == ("donor", "new", "c")
+    before = latents(model)
+    for trained_once in (False, True):
+        extended.train(1, **QUICK)
+        np.testing.assert_array_equal(latents(extended, cells()), before)
+        if not trained_once:
+            first = latents(extended, query)
+            extended.save(tmp_path / "extended")
+            extended = sx.SCVI.load(tmp_path / "extended", query)
+    assert np.abs(latents(extended, query) - first).max() > 1e-6
+    same_study = cells("b", seed=3)
+    same_study.obs["donor"] = "new"
+    known = sx.SCVI.load_query_data(same_study, model)
+    known.train(1, **QUICK)
+    np.testing.assert_array_equal(latents(known, cells()), before)
+
+
+def test_surgery_fools_no_classifier() -> None:
+    """totalVI's training does where a batch lacks proteins; new batches are not told from those of before."""
+
+    def without(adata: Any, study: str) -> Any:
+        adata.obsm["adt"] = adata.obsm["adt"].mul(adata.obs["study"] != study, axis=0)
+        return adata
+
+    keys = {"batch_key": "study", "protein_expression_obsm_key": "adt"}
+    model = sx.TOTALVI(without(cells(), "b"), **SMALL, **keys)
+    model.train(1, **QUICK)
+    assert "fooled" in model.state.history[-1]
+    query = without(cells("cd", seed=3), "c")
+    extended = sx.TOTALVI.load_query_data(query, model)
+    extended.train(1, **QUICK)
+    assert "fooled" not in extended.state.history[-1]
+    assert np.isfinite(latents(extended)).all()
+
+
 def test_hidden_labels_of_a_query() -> None:
     query = cells("c", seed=3)
     blank = query.copy()

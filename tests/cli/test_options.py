@@ -130,5 +130,5 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_contract_of_verbs() -> None:
     names = "convert info verify annotate preprocess train project surgery transfer metrics plot map status"
-    names += " export integrate simulate demo"
+    names += " export report integrate simulate demo"
     assert [verb.name for verb in VERBS] == names.split()

@@ -42,6 +42,31 @@ def test_one_batch_has_no_column_but_a_table_that_can_grow() -> None:
     assert CovariateLinear(5, 4, generator=seed()).batch is None
 
 
+@pytest.mark.parametrize("category", [0, 1, 2])
+def test_a_level_more_goes_behind_those_of_its_own_category(category: int) -> None:
+    layer = CovariateLinear(5, 4, generator=seed(), n_batches=3, n_levels=(2, 1, 3))
+    x, batch = torch.randn(6, 5, generator=seed(1)), torch.tensor([0, 1, 2, 2, 1, 0])
+    codes = torch.stack([batch % 2, torch.zeros(6).long(), batch.flip(0)], 1)
+    before, old = layer(x, batch, codes), layer.category.split([2, 0, 3], 1)
+    layer.add_level(category, seed(2))
+    assert torch.equal(layer(x, batch, codes), before)
+    widths = [n if n > 1 else 0 for n in layer.n_levels]
+    blocks = layer.category.split(widths, 1)
+    for own, block in zip(old, blocks, strict=True):
+        assert torch.equal(block[:, : own.shape[1]], own)
+    new = codes.clone()
+    new[0, category] = layer.n_levels[category] - 1
+    sums = sum(block.t()[new[:, c]] for c, block in enumerate(blocks) if block.shape[1])
+    want = layer.linear(x) + layer.batch.t()[batch] + sums
+    torch.testing.assert_close(layer(x, batch, new), want, atol=1e-6, rtol=0)
+    one = [int(c == category) for c in range(3)]
+    added = layer.category[layer.last_levels(one)]
+    assert torch.equal(added, blocks[category][:, -1])
+    wider = CovariateLinear(5, 4, generator=seed(7), n_batches=9, n_levels=(5, 4, 3))
+    wider.add_level(category, seed(2))
+    assert torch.equal(wider.category[wider.last_levels(one)], added)
+
+
 @pytest.mark.parametrize("deep", [True, False])
 def test_where_covariates_enter(deep: bool) -> None:
     stack = Stack(5, 4, 3, generator=seed(), n_batches=2, n_levels=(3,), n_continuous=1, deep=deep)

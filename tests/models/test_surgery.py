@@ -11,7 +11,8 @@ import torch
 from streamx.config import FreezeConfig, ScviConfig
 from streamx.models.cells import Cells
 from streamx.models.freeze import Trainable, freeze, trainable
-from streamx.models.grow import batch_dimension, batch_tables, extended
+from streamx.models.grow import batch_dimension, batch_tables, covariate_layers, extended, with_levels
+from streamx.models.scanvi import Scanvi
 from streamx.models.scvi import Scvi
 from streamx.train.adam import Adam
 
@@ -190,3 +191,44 @@ def test_a_latent_library_is_learnt_again() -> None:
     own = {name for name, _ in grown.named_parameters() if name.startswith("library_encoder.")}
     assert own <= moved.keys()
     assert moved["library_encoder.stack.layers.0.columns.linear.weight"].abs().max() > 0
+
+
+@pytest.mark.parametrize("config", [DEEP, ARCHES])
+def test_new_levels_of_covariates_move_alone(config: ScviConfig) -> None:
+    module = Scvi(20, 2, config, n_levels=(2, 1)).eval()
+    grown = with_levels(module, [[], seeds(8)])
+    assert (grown.n_levels, module.n_levels) == ((2, 2), (2, 1))
+    reference = cells([0, 1])
+    codes = torch.stack([reference.batch_n.flip(0), torch.zeros(24).long()], 1)
+    reference = replace(reference, category_nc=codes)
+    for want, got in zip(module.encode(reference), grown.encode(reference), strict=True):
+        assert torch.equal(want, got)
+    grown = extended(grown, seeds(5))
+    plan = trainable(grown, 1, FreezeConfig(), [0, 1])
+    freeze(grown, plan)
+    grown.train()
+    before, optimiser = bits(grown), Adam(grown, 1e-2, 0.0)
+    query = replace(cells([2]), category_nc=torch.ones(24, 2).long())
+    for step in range(5):
+        optimiser.zero_grad()
+        grown.loss(query, 0.5, *seeds(step))["loss"].backward()
+        optimiser.step()
+    layers = covariate_layers(grown)
+    assert len(layers) == (4 if config is DEEP else 2)
+    for name, layer in layers.items():
+        moved = layer.category - before[f"{name}.category"]
+        assert moved[:, :3].abs().max() == 0, (
+            name
+        )  # of the first covariate, and the zeros of the second's first
+        assert moved[:, 3].abs().max() > 0, name
+    for want, got in zip(module.encode(reference), grown.eval().encode(reference), strict=True):
+        assert torch.equal(want, got)
+
+
+def test_labels_are_no_covariate() -> None:
+    module = Scanvi(Scvi(20, 2, ARCHES, n_levels=(2,)), 4)
+    grown = with_levels(module, [seeds(8)])
+    assert grown.vae.n_levels == (3,)
+    for stack in (grown.z2_encoder.stack, grown.z1_decoder.stack):
+        assert stack.layers[0].columns.n_levels == (4,)
+    assert all(name.startswith("vae.") for name in covariate_layers(grown))

@@ -171,7 +171,7 @@ def test_meta_is_the_correlation_of_means(cells, tmp_path, monkeypatch):
     from scipy.sparse import csr_matrix
 
     cells.X = csr_matrix(cells.X)
-    monkeypatch.setattr(profiles._mean, "__defaults__", (7,))
+    monkeypatch.setattr(profiles._means, "__defaults__", (7,))
     np.testing.assert_allclose(
         np.asarray(pl.meta(cells).axes[0].images[0].get_array())[lower], expected[lower], atol=1e-12
     )

@@ -12,6 +12,7 @@ import anndata as ad
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from views import make_counts
 
 import streamx as sx
@@ -23,9 +24,11 @@ from streamx.errors import (
     UsageError,
 )
 from streamx.mapping import read_reference
+from streamx.models.grow import batch_tables, selected
 from streamx.store.folder import Folder
 from streamx.surgery.arrivals import arrivals
 from streamx.train.model import load_model
+from streamx.train.surgery import join_last
 
 KINDS: dict[str, dict[str, Any]] = {
     "scvi": {"arches": True, "n_hidden": 16},
@@ -283,3 +286,68 @@ def test_refit_of_files_with_different_genes(home: Path, tmp_path: Path) -> None
     sx.surgery(home / "scvi", {"one": halves[0][:, 3:].copy()}, tmp_path / "u", **options)
     [report] = sx.surgery(home / "scvi", {"two": halves[1][:, :-3].copy()}, tmp_path / "u", **options)
     assert report["learnt"]["b3"]["cells"] == 100
+
+
+@pytest.fixture(scope="module")
+def sites(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A scVI with a covariate of two levels, and a query b3 with two more of them."""
+    folder = tmp_path_factory.mktemp("sites")
+    for name, levels in (("reference", "s0 s1"), ("q3", "s1 s2 s9"), ("q4", "s2"), ("half2", "s0 s7")):
+        cells = ad.read_h5ad(home / f"{name}.h5ad")
+        cells.obs["site"] = np.resize(levels.split(), cells.n_obs)
+        cells.write_h5ad(folder / f"{name}.h5ad")
+    sx.convert([folder / "reference.h5ad"], folder / "store", batch_key="batch")
+    sx.preprocess(folder / "store", folder / "view", profile="counts", n_top_features=0, min_cells=0)
+    settings = {"category_keys": ("site",), "max_epochs": 2, "minibatch_size": 32}
+    sx.train(folder / "view", folder / "scvi", model="scvi", **KINDS["scvi"], **settings)
+    return folder
+
+
+def test_levels_of_covariates_come_with_new_batches(sites: Path, tmp_path: Path) -> None:
+    [report] = sx.surgery(sites / "scvi", sites / "q3.h5ad", tmp_path / "u", **FAST)
+    assert report["learnt"]["b3"]["levels"] == {"site": ["s2", "s9"]}
+    [report] = sx.surgery(sites / "scvi", sites / "q4.h5ad", tmp_path / "u", **FAST)
+    assert "levels" not in report["learnt"]["b4"]
+    assert load_model(tmp_path / "u").schema.categories == (("site", ("s0", "s1", "s2", "s9")),)
+    assert sx.verify(tmp_path / "u")["ok"]
+    out = {"batch_key": "batch", "min_features": 0}
+    for model, name in ((sites / "scvi", "before"), (tmp_path / "u", "after")):
+        sx.project(model, {name: sites / "reference.h5ad"}, tmp_path / name, **out)
+    z = [ad.read_zarr(tmp_path / name / f"{name}.zarr").obsm["X_scvi"] for name in ("before", "after")]
+    np.testing.assert_array_equal(*z)
+    sx.project(tmp_path / "u", {"again": sites / "q3.h5ad"}, tmp_path / "again", **out)
+    again = ad.read_zarr(tmp_path / "again" / "again.zarr")
+    np.testing.assert_allclose(
+        latents(tmp_path / "u", "q3").loc[again.obs_names], again.obsm["X_scvi"], atol=1e-6
+    )
+
+
+def test_levels_that_no_new_batch_brings_are_refused(sites: Path, tmp_path: Path) -> None:
+    sx.surgery(sites / "scvi", sites / "q3.h5ad", tmp_path / "u", **FAST)
+    before = load_model(tmp_path / "u").id
+    both = ad.concat([ad.read_h5ad(sites / f"{name}.h5ad") for name in ("half2", "q4")])
+    with pytest.raises(BadValuesError, match="25 cells have no known site, the first 's7'"):
+        sx.surgery(sites / "scvi", {"both": both}, tmp_path / "u", **FAST)
+    assert load_model(tmp_path / "u").id == before
+    with pytest.raises(UsageError, match="can't bring levels of a covariate \\(site = s2, site = s9\\)"):
+        sx.surgery(sites / "scvi", sites / "q3.h5ad", tmp_path / "v", refit=True, **FAST)
+
+
+def test_a_model_of_one_batch_learns_the_same(home: Path) -> None:
+    """What is trained has the new batch's values alone; they go back to their place."""
+    for kind in KINDS:
+        module = load_model(home / kind).module
+        grown = selected(module, [0, 2, 1])
+        alone = selected(grown, [2])
+        with torch.no_grad():
+            for parameter in alone.parameters():
+                parameter += 1
+        join_last(grown, alone)
+        tables = batch_tables(module)
+        for name, value in module.named_parameters():
+            new = grown.state_dict()[name]
+            if name in tables:
+                kept = value.index_select(tables[name], torch.tensor([0, 2]))
+                assert torch.equal(new.narrow(tables[name], 0, 2), kept), name
+                new, value = new.select(tables[name], 2), value.select(tables[name], 1)
+            assert torch.equal(new, value + 1), name
