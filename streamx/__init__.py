@@ -24,6 +24,8 @@ _PUBLIC: dict[str, str] = {
     "surgery": "streamx.surgery:surgery",
     "transfer": "streamx.mapping:transfer",
     "metrics": "streamx.mapping:metrics",
+    "map": "streamx.jobs.call:map_queries",
+    "status": "streamx.jobs.status:status",
     "export": "streamx.export:export",
     "report": "streamx.report:report",
     "integrate": "streamx.integrate:integrate",

@@ -708,6 +708,25 @@ class MetricsConfig:
 
 
 @dataclass(frozen=True)
+class MapConfig:
+    """A mapping job; what its steps do is said by the settings of each."""
+
+    label_key: str | None = option(
+        None, "obs column of the reference whose labels every query gets (default: none)"
+    )
+    surgery: str = option(
+        "none",
+        "none (project the queries), per-query (first extend the reference by the batches of each query, one "
+        "model per query) or incremental (by all queries in order, one model)",
+        choices=("none", "per-query", "incremental"),
+    )
+    metrics: bool = option(True, "score how each query mixes with the reference")
+    workers: int = option(1, "processes that work at once", least=1)
+    memory: str = option("4GB", "memory that each of them may use")
+    threads: int = option(1, "threads of each of them (0: one per core)", least=0)
+
+
+@dataclass(frozen=True)
 class PlotConfig:
     color: tuple[str, ...] = option(
         (), "obs columns to colour the cells by (default: the batch, and the labels where given)", many=True

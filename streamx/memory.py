@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 
@@ -62,6 +63,27 @@ def resident_bytes() -> int:
         import psutil
 
         return int(psutil.Process().memory_info().rss)
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident set of this process so far, in bytes.
+
+    ``VmHWM`` where the kernel offers it: ``getrusage`` also remembers the parent that forked us.
+    """
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    except (OSError, StopIteration):
+        import resource  # not on every system
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> None:
+    """Let :func:`peak_rss_bytes` count from now on, where the kernel can do that."""
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as what:
+        what.write("5")
 
 
 def available_bytes() -> int:

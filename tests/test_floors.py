@@ -19,7 +19,7 @@ from streamx.cli.main import VERBS
 
 PACKAGE = Path(streamx.__file__).parent
 
-CORE = {"errors", "schema", "config", "threads", "compiled", "memory"}
+CORE = {"errors", "schema", "config", "threads", "compiled", "memory", "cluster"}
 DATA = CORE | {"store", "preprocess", "loader"}
 
 # room -> rooms of streamx that it may import (itself always)
@@ -30,6 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "threads": CORE,
     "compiled": set(),
     "memory": CORE,
+    "cluster": CORE,
     "simulate": CORE | {"store"},
     "store": CORE,
     "preprocess": CORE | {"store"},
@@ -49,6 +50,7 @@ ROOMS: dict[str, set[str]] = {
     "report": CORE | {"store", "labels", "neighbors", "metrics", "plots", "mapping"},
     "mapping": CORE | {"store", "train", "labels", "neighbors", "transfer", "metrics"},
     "surgery": DATA | {"models", "train", "query", "project", "mapping"},
+    "jobs": CORE | {"store", "train", "labels", "query", "project", "mapping", "surgery"},
     "arches": DATA
     | {"models", "posterior", "train", "query", "project", "surgery"}
     | {"labels", "neighbors", "metrics", "plots"},
@@ -75,6 +77,7 @@ ROOMS: dict[str, set[str]] = {
         "report",
         "share",
         "demo",
+        "jobs",
     }
     | {"simulate"},
 }

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from streamx.cli.info import show
-from streamx.cli.verb import Result, Verb, add_settings, given
+from streamx.cli.verb import Result, Verb, add_dask, add_settings, given
 from streamx.config import ConvertConfig
 from streamx.errors import PartialError
 
@@ -22,14 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--append", action="store_true", help="add the inputs to a store that exists, as its next generation"
     )
+    add_dask(parser)
     add_settings(parser, ConvertConfig)
 
 
 def run(args: argparse.Namespace) -> Result:
+    from streamx.cluster import client_of
     from streamx.store.convert import convert_files
 
     settings = given(args, ConvertConfig)
-    done = convert_files(args.inputs, args.output, append=args.append, **settings)
+    with client_of(args.dask):
+        done = convert_files(args.inputs, args.output, append=args.append, **settings)
     skipped = [{"input": error.where, "error": error.what} for error in done.skipped]
     predicted = {"predicted": asdict(done.needs)} if done.needs is not None else {}
     return {"store": args.output, **done.collection.summary(), "skipped": skipped, **predicted}

@@ -31,6 +31,7 @@ from streamx.cli import (
     fetch,
     info,
     integrate,
+    map,
     metrics,
     plot,
     preprocess,
@@ -38,6 +39,7 @@ from streamx.cli import (
     publish,
     report,
     simulate,
+    status,
     surgery,
     train,
     transfer,
@@ -46,6 +48,7 @@ from streamx.cli import (
 from streamx.cli.show import as_json, columns
 from streamx.cli.verb import Result, Verb
 from streamx.errors import ResourceError, StorageError, StreamxError, StreamxWarning
+from streamx.memory import peak_rss_bytes
 
 VERBS: tuple[Verb, ...] = tuple(
     module.VERB
@@ -62,6 +65,8 @@ VERBS: tuple[Verb, ...] = tuple(
         transfer,
         metrics,
         plot,
+        map,
+        status,
         export,
         report,
         integrate,
@@ -142,21 +147,6 @@ def make_parser() -> argparse.ArgumentParser:
         verb.add_arguments(sub)
         sub.set_defaults(chosen=verb)
     return parser
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident set of this process so far, in bytes.
-
-    ``VmHWM`` where the kernel offers it: ``getrusage`` also remembers the parent that forked us.
-    """
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
-    except (OSError, StopIteration):
-        import resource  # not on every system
-
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
 
 
 def run_verb(verb: Verb, args: argparse.Namespace) -> Result:

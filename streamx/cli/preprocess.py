@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from streamx.cli.info import show
-from streamx.cli.verb import Result, Verb, add_settings, given
+from streamx.cli.verb import Result, Verb, add_dask, add_settings, given
 from streamx.config import PreprocessConfig
 from streamx.errors import UsageError
 
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="VIEW",
         help="add what was appended to the view's store since; genes and tables stay as they are",
     )
+    add_dask(parser)
     add_settings(parser, PreprocessConfig)
 
 
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> Result:
         raise UsageError("--update takes the view alone", fix="streamx preprocess --update VIEW")
     if not args.update and not (args.store and args.output):
         raise UsageError("a STORE and -o VIEW are needed", fix="streamx preprocess STORE -o VIEW")
+    from streamx.cluster import client_of
     from streamx.preprocess.run import preprocess_store, update_view
 
     if args.update:
@@ -37,9 +39,11 @@ def run(args: argparse.Namespace) -> Result:
                 f"an update keeps the view's own settings, --{frozen[0].replace('_', '-')} can't change them",
                 fix="run `streamx preprocess STORE -o NEW_VIEW` with other settings",
             )
-        view = update_view(args.update, **settings)
+        with client_of(args.dask):
+            view = update_view(args.update, **settings)
         return {"path": args.update, **view.summary()}
-    view, needs = preprocess_store(args.store, args.output, **settings)
+    with client_of(args.dask):
+        view, needs = preprocess_store(args.store, args.output, **settings)
     predicted = {"predicted": asdict(needs)} if needs is not None else {}
     return {"path": args.output, **view.summary(), **predicted}
 

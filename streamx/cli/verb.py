@@ -89,6 +89,14 @@ def add_settings(
             )
 
 
+def add_dask(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dask",
+        metavar="ADDRESS",
+        help="work on a dask cluster, which sees the same files: tcp://host:8786, or local:N to start one",
+    )
+
+
 def add_networks(parser: argparse.ArgumentParser, networks: Mapping[str, type]) -> None:
     """One option per setting of any network; of those that several have, in the group of the first.
 

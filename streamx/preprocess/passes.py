@@ -9,7 +9,6 @@ time, and a kernel adds row after row, so none of them changes a bit of any resu
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from streamx.cluster import active_client
 from streamx.errors import ResourceError
 from streamx.preprocess import kernels
 from streamx.preprocess.moments import Moments, merge
@@ -288,7 +288,7 @@ def run_pass(
     from dask import delayed
 
     task, combine = delayed(add_rows, traverse=False), delayed(join_pieces)
-    here = not _client_active()
+    here = active_client() is None
     out = [_cell_array(resources, f"{title} {k}", len(code_n), what) for k, what in enumerate(chain)]
     level = []
     for low in range(0, max(1, len(code_n)), TASK_ROWS):
@@ -317,22 +317,11 @@ def _compute(result: Any, n_tasks: int, resources: Resources, title: str) -> tup
     """Run the graph on the active `distributed` client, else on threads of this process."""
     import dask
 
-    if _client_active():
+    if active_client() is not None:
         return dask.compute(result)[0]
     scheduler = "threads" if resources.threads > 1 else "synchronous"
     with _bar(n_tasks, resources, title):
         return dask.compute(result, scheduler=scheduler, num_workers=resources.threads)[0]
-
-
-def _client_active() -> bool:
-    distributed = sys.modules.get("distributed")  # who has a client has imported it
-    if distributed is None:
-        return False
-    try:
-        distributed.get_client()
-    except ValueError:
-        return False
-    return True
 
 
 def _bar(n_tasks: int, resources: Resources, title: str) -> Any:

@@ -52,10 +52,14 @@ class StoreRows:
 
     def read(self, start: int, stop: int) -> csr_matrix:
         """Stored dtypes: small unsigned integers, or float32."""
-        collection = _opened(self.location, self.n_obs)
         if self.obsm is not None:
-            return csr_matrix(np.asarray(collection.read_obsm(self.obsm, start, stop), dtype=np.float32))
-        return collection.read(start, stop, dtype="stored")
+            return csr_matrix(np.asarray(self.store.read_obsm(self.obsm, start, stop), dtype=np.float32))
+        return self.store.read(start, stop, dtype="stored")
+
+    @property
+    def store(self) -> Collection:
+        """What they are rows of."""
+        return _opened(self.location, self.n_obs)
 
 
 def rows_of(collection: Collection, obsm: str | None = None) -> StoreRows:

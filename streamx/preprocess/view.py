@@ -209,8 +209,8 @@ def view_slabs(
         if a == b:
             continue
         start, stop = int(stored_n[a]), int(stored_n[b - 1]) + 1
-        read = partial(_read_slab, store, rows, start, stop, stored_n[a:b], chosen)
-        slabs.append(Slab(f"{start:012d}-{stop:012d}", layout.place_n[a:b], read))
+        read = partial(_read_slab, rows, start, stop, stored_n[a:b], chosen)
+        slabs.append(Slab(f"{start:012d}-{stop:012d}", layout.place_n[a:b], read, portable=True))
     return slabs
 
 
@@ -231,11 +231,11 @@ def view_sample(
 
 
 def _read_slab(
-    store: Collection, rows: StoreRows, start: int, stop: int, stored_n: np.ndarray, chosen: np.ndarray
+    rows: StoreRows, start: int, stop: int, stored_n: np.ndarray, chosen: np.ndarray
 ) -> tuple[csr_matrix, dict[str, np.ndarray]]:
     wanted = np.asarray(stored_n) - start
     block = rows.read(start, stop)
-    dense = {name: store.read_obsm(name, start, stop)[wanted] for name in store.modalities}
+    dense = {name: rows.store.read_obsm(name, start, stop)[wanted] for name in rows.store.modalities}
     return take(block, wanted, chosen), dense
 
 

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -216,10 +217,8 @@ def _scratch(out: Location) -> Iterator[Path]:
     home = cache_folder() if out.shared else Path(out.root)
     try:
         home.mkdir(parents=True, exist_ok=True)
-        for old in home.glob(".scratch-*"):
-            if not _alive(old.name.split("-")[1]):
-                shutil.rmtree(old, ignore_errors=True)
-        folder = Path(tempfile.mkdtemp(prefix=f".scratch-{os.getpid()}-", dir=home))
+        sweep_scratch(home)
+        folder = Path(tempfile.mkdtemp(prefix=_scratch_name(str(os.getpid())), dir=home))
     except OSError as error:
         raise ResourceError(
             f"can't be written: {error.strerror}", where=str(home), fix="choose another folder"
@@ -228,6 +227,18 @@ def _scratch(out: Location) -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def sweep_scratch(home: Path) -> None:
+    """Remove what processes of this machine that were killed have left; of others nothing is known here."""
+    for old in home.glob(".scratch-*"):
+        pid = old.name.split("-")[1]
+        if old.name.startswith(_scratch_name(pid)) and not _alive(pid):
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _scratch_name(pid: str) -> str:
+    return f".scratch-{pid}-{socket.gethostname()}-"
 
 
 def _alive(pid: str) -> bool:

@@ -254,6 +254,13 @@ class Bucket:
             fix="run the same command again: it goes on from what is there now",
         )
 
+    def create(self, key: str, data: bytes) -> bool:
+        try:
+            self.replace(key, data, None)
+        except LockedError:
+            return False
+        return True
+
     def put_tree(self, produce: Callable[[Put], None]) -> None:
         self.delete("zarr.json")
         before = set(self.list())

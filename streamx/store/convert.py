@@ -154,7 +154,7 @@ def _while_good(
             if config.on_error != "skip":
                 raise failure.error from failure.error.__cause__
             skipped.append(failure.error)
-            sources = [source for source in sources if source is not failure.source]
+            sources = [source for source in sources if source.key != failure.source.key]
     raise EmptyError(
         f"no input is left, the first of {len(skipped)} is {skipped[0]}" if skipped else "no input",
         fix="mend one of them",

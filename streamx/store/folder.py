@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -44,6 +44,10 @@ class Folder:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Folder) and self.root == other.root
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For another process, which may work in another folder."""
+        return {"root": self.root.absolute(), "tmp": self.tmp and self.tmp.absolute()}
 
     def __hash__(self) -> int:
         return hash(self.root)
@@ -128,6 +132,22 @@ class Folder:
         if now not in (before, data):
             raise LockedError("another process has written here", where=f"{self.root}/{key}")
         self.write(key, data)
+
+    def create(self, key: str, data: bytes) -> bool:
+        target = self.path(key)
+        tmp = target.parent / f".{os.getpid()}-{threading.get_ident():x}.new"
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            tmp.write_bytes(data)
+            os.link(tmp, target)  # unlike a rename, fails where there is one
+            return True
+        except FileExistsError:
+            return False
+        except OSError as error:
+            raise storage_error(error, f"{self.root}/{key}") from error
+        finally:
+            with contextlib.suppress(OSError):
+                tmp.unlink()
 
     def put_tree(self, produce: Callable[[Put], None]) -> None:
         partial = Folder(self.root.with_name(f".{self.root.name}.partial"))

@@ -57,6 +57,10 @@ class Journal:
                 self.release()
                 raise
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process that does a step of the run: the lock stays with the one that has it."""
+        return vars(self) | {"_lock": None}
+
     def __enter__(self) -> Journal:
         return self
 

@@ -120,6 +120,9 @@ class Location(Protocol):
             If another process has put something else there.
         """
 
+    def create(self, key: str, data: bytes) -> bool:
+        """Put an object where there is none; of several who try at once, one gets True."""
+
     def put_tree(self, produce: Callable[[Put], None]) -> None:
         """Put a whole zarr hierarchy here, instead of all that was here: no reader sees half of it.
 

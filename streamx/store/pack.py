@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,16 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from streamx.cluster import run_spread
 from streamx.config import parse_bytes
-from streamx.errors import IntegrityError, UsageError
+from streamx.errors import UsageError
 from streamx.memory import give_back
 from streamx.store import layout
 from streamx.store.collection import Collection
 from streamx.store.draft import Draft, draft_anndata_shell, draft_frame, draft_obs
-from streamx.store.encode import matrix_chunk, matrix_shard, offsets_shard
+from streamx.store.encode import offsets_shard
 from streamx.store.journal import Journal
-from streamx.store.location import Bytes, Location, ObjectTable, Put, crc32c, describe, open_location
+from streamx.store.location import Location, ObjectTable, Put, crc32c, describe, open_location
 from streamx.store.manifest import (
     MARKER,
     Generation,
@@ -39,12 +40,13 @@ from streamx.store.manifest import (
     read_generation,
     run_tag,
 )
-from streamx.store.needs import CHUNKS_AT_ONCE, Needs, at_once, refuse
+from streamx.store.needs import Needs, at_once, refuse
 from streamx.store.obs import Obs, as_obs
 from streamx.store.plan import ShardPlan, plan_shards
 from streamx.store.scratch import pieces
 from streamx.store.spill import Slab, Spill, npy_pieces, spill
-from streamx.threads import run_all, thread_count
+from streamx.store.steps import MatrixWriter, Steps
+from streamx.threads import thread_count
 
 
 @dataclass(frozen=True)
@@ -221,13 +223,16 @@ def _write(
     before = sum(part["n_shards"] for part in base.parts) if base else 0
     tag = run_tag(location, content.fingerprint, base)
     plans = plan_shards(rows.ends, first_number=before, shard_rows=shard_rows, tag=tag)
-    writer = _Writer(location, journal, rows, content, obs, preset)
+    steps = Steps(location, journal)
+    writer = _Writer(steps, rows, content, obs, preset)
+    matrix = MatrixWriter(steps, rows, preset, writer.index_dtype, writer.data_dtype)
     at_a_time = at_once(max((plan.shard for plan in plans), default=0), memory, threads)
     tasks = [partial(writer.frame, plan) for plan in plans]
     tasks += [partial(writer.part_obs, f"{number:06d}{tag}")]
-    tasks += [partial(writer.matrix, plan, k) for plan in plans for k in range(len(plan.cuts))]
+    shards_of = [partial(matrix.write, plan, k) for plan in plans for k in range(len(plan.cuts))]
+    portable = [False] * len(tasks) + [True] * len(shards_of)
     objects: ObjectTable = {}
-    for found in run_all(tasks, at_a_time, "writing"):
+    for found in run_spread([*tasks, *shards_of], portable, at_a_time, "writing"):
         objects |= found
     shards = tuple(Shard(plan.path, plan.n_obs, plan.nnz) for plan in plans)
     nnz, runs = int(rows.ends[-1]), batch_runs(content)
@@ -321,39 +326,13 @@ def _merge_modalities(before: dict[str, Any], new: dict[str, Any]) -> dict[str, 
 
 @dataclass(frozen=True)
 class _Writer:
-    """Encodes a step's objects, puts them in place and journals them; what is done and unharmed is kept."""
+    """Encodes all but the matrix."""
 
-    location: Location
-    journal: Journal
+    steps: Steps
     rows: Spill
     content: Content
     obs: Obs
     preset: str
-
-    def matrix(self, plan: ShardPlan, k: int) -> ObjectTable:
-        """Zarr shard k of `indices` and of `data`."""
-
-        def encode(put: Put) -> None:
-            low, high = plan.cuts[k]
-            for name, dtype in (("indices", self.index_dtype), ("data", self.data_dtype)):
-                values = self._values(plan, name, dtype, low, high)
-                chunk = matrix_chunk(self.preset, name, dtype)
-                put(f"X/{name}/c/{k}", *matrix_shard(values, plan.chunk, plan.shard // plan.chunk, chunk))
-
-        return self._step(f"{plan.path[7:-5]}-{k}", plan.path, encode)
-
-    def _values(
-        self, plan: ShardPlan, name: str, dtype: np.dtype, low: int, high: int
-    ) -> Iterator[np.ndarray]:
-        """Values low..high of a shard, some chunks at a time."""
-        step = plan.chunk * CHUNKS_AT_ONCE
-        cuts = [(first, min(first + step, high)) for first in range(low, high, step)]
-        rows = [plan.rows(*cut) for cut in cuts]
-        ranges = [(plan.first + start, plan.first + stop) for start, stop in rows]
-        found = self.rows.each_values(name, ranges, dtype)
-        for (first, last), (start, _), values in zip(cuts, rows, found, strict=True):
-            offset = int(plan.ends[start] - plan.ends[0])
-            yield values[first - offset : last - offset]
 
     def frame(self, plan: ShardPlan) -> ObjectTable:
         """Everything of a shard but the values: obs, var, obsm, uns, indptr and all metadata."""
@@ -376,7 +355,7 @@ class _Writer:
             for key, data in draft.consolidated().items():
                 put(key, data)
 
-        return self._step(f"{plan.path[7:-5]}-frame", plan.path, encode)
+        return self.steps.run(f"{plan.path[7:-5]}-frame", plan.path, encode)
 
     def part_obs(self, name: str) -> ObjectTable:
         """obs of the whole part in large column chunks."""
@@ -387,7 +366,7 @@ class _Writer:
             for key, data in draft.take().items():
                 put(key, data)
 
-        return self._step(f"obs-{name}", f"obs/{name}.zarr", encode)
+        return self.steps.run(f"obs-{name}", f"obs/{name}.zarr", encode)
 
     def _dense(self, name: str, first: int, width: int, dtype: np.dtype, low: int, high: int) -> np.ndarray:
         return self.rows.dense(name, first + low, first + high, width, dtype)
@@ -408,28 +387,3 @@ class _Writer:
         return draft.empty(
             f"X/{name}", (plan.nnz,), dtype, chunks=(plan.chunk,), shards=(plan.shard,), **codecs
         )
-
-    def _step(self, name: str, prefix: str, encode: Callable[[Put], None]) -> ObjectTable:
-        done = self.journal.find(name)
-        if done and all(self._unharmed(key, expected) for key, expected in done.items()):
-            return done
-        table: ObjectTable = {}
-
-        def described(put: Put) -> None:
-            def noted(key: str, *data: Bytes) -> None:
-                put(f"{prefix}/{key}", *data)
-                table[f"{prefix}/{key}"] = describe(*data)
-
-            encode(noted)
-
-        self.location.write_all(described)
-        table = {key: table[key] for key in sorted(table)}
-        self.journal.record(name, table)
-        give_back()
-        return table
-
-    def _unharmed(self, key: str, expected: list[Any]) -> bool:
-        try:
-            return describe(self.location.read(key)) == expected
-        except IntegrityError:
-            return False

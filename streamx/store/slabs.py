@@ -29,6 +29,9 @@ class SourceError(Exception):
         super().__init__(str(error))
         self.source, self.error = source, error
 
+    def __reduce__(self) -> tuple[type[SourceError], tuple[Source, InputError]]:
+        return SourceError, (self.source, self.error)
+
 
 @contextmanager
 def blame(source: Source) -> Iterator[None]:
@@ -116,7 +119,7 @@ def slabs_of(
     for low in range(0, source.n_obs, size):
         high = min(low + size, source.n_obs)
         read = partial(_read_slab, source, low, high, columns, n_genes, obsm, config.allow_float)
-        yield Slab(f"{name}-{low}-{high}", rows[low:high], read)
+        yield Slab(f"{name}-{low}-{high}", rows[low:high], read, portable=source.opener is not None)
 
 
 def _read_slab(

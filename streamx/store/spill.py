@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 from scipy import sparse
 
+from streamx.cluster import run_spread
 from streamx.compiled import compiled
 from streamx.memory import give_back
 from streamx.store import layout
 from streamx.store.journal import Journal
 from streamx.store.location import ObjectTable, describe
 from streamx.store.scratch import new_array, pieces
-from streamx.threads import run_all
 
 Dense = dict[str, np.ndarray]
 
@@ -40,11 +40,14 @@ class Slab:
     read
         Gives the rows in the order of `rows`: a CSR matrix over the result's genes, and dense matrices by
         name.
+    portable
+        Whether another process can read it.
     """
 
     key: str
     rows: np.ndarray
     read: Callable[[], tuple[sparse.csr_matrix, Dense]]
+    portable: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ class Spilled:
 
 def spill(slabs: Sequence[Slab], journal: Journal, *, threads: int, progress: str) -> list[Spilled]:
     """Read every slab once and lay it down; what a former run laid down and is unharmed is kept."""
-    return run_all([partial(_spill_one, slab, journal) for slab in slabs], threads, progress)
+    tasks = [partial(_spill_one, slab, journal) for slab in slabs]
+    return run_spread(tasks, [slab.portable for slab in slabs], threads, progress)
 
 
 def _spill_one(slab: Slab, journal: Journal) -> Spilled:
@@ -155,6 +159,14 @@ class Spill:
     slabs: Sequence[Spilled]
     n_obs: int
     scratch: Path
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What another process needs, now that `ends` lies in its file."""
+        return {"slabs": self.slabs, "n_obs": self.n_obs, "scratch": self.scratch}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        ends = np.memmap(state["scratch"] / "ends", np.int64, "r", shape=(state["n_obs"] + 1,))
+        self.__dict__.update(state, ends=ends)
 
     @cached_property
     def ends(self) -> np.ndarray:

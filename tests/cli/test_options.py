@@ -136,5 +136,5 @@ def help_of_raw(verb: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_contract_of_verbs() -> None:
     names = "convert info verify annotate activity preprocess train project surgery transfer metrics plot"
-    names += " export report integrate publish fetch simulate demo"
+    names += " map status export report integrate publish fetch simulate demo"
     assert [verb.name for verb in VERBS] == names.split()

@@ -6,7 +6,7 @@ import glob
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +78,10 @@ def open_sources(
             request = Request(
                 key, location_of(item, key), layer, modality, Path(scratch) / f"{key}.spill", memory
             )
-            sources.append(pool.keep(partial(open_one, item, request)))
+            source = pool.keep(partial(open_one, item, request))
+            if source.reopens and isinstance(item, Path):
+                source = replace(source, opener=(_opened, (item.absolute(), request)))
+            sources.append(source)
         except StreamxError as error:
             if failed is not None and isinstance(error, InputError):
                 failed.append(error)
@@ -87,6 +90,12 @@ def open_sources(
                 source.close()
             raise
     return sources
+
+
+@lru_cache(maxsize=4)
+def _opened(path: Path, request: Request) -> Source:
+    """One source per process and file."""
+    return replace(open_one(path, request), opener=(_opened, (path, request)))
 
 
 def expand(item: Any) -> list[Any]:
@@ -155,7 +164,9 @@ def stem(path: Path) -> str:
 
 
 def unique_keys(inputs: list[tuple[Any, str | None]]) -> list[tuple[str, Any]]:
-    """Keys and inputs, sorted by key: the name given, else the stem, else folder and stem."""
+    """Keys and inputs, sorted by key: the name given, else the stem, where that is not unique with as many of
+    its folders in front as it takes.
+    """
     given = [item for item, _ in inputs]
     inputs = [(item.path if isinstance(item, Remote) else item, name) for item, name in inputs]
     unnamed = [item for item, name in inputs if name is None and not isinstance(item, Path)]
@@ -167,10 +178,12 @@ def unique_keys(inputs: list[tuple[Any, str | None]]) -> list[tuple[str, Any]]:
         else:
             at = next(i for i, other in enumerate(unnamed) if other is item)
             keys.append("adata" if len(unnamed) == 1 else f"adata{at + 1:0{width}d}")
-    times = Counter(keys)
-    for i, (item, name) in enumerate(inputs):
-        if times[keys[i]] > 1 and name is None and isinstance(item, Path):
-            keys[i] = f"{item.resolve().parent.name}_{keys[i]}"
+    for depth in range(max((len(item.parts) for item, _ in inputs if isinstance(item, Path)), default=0)):
+        times = Counter(keys)
+        for i, (item, name) in enumerate(inputs):
+            if times[keys[i]] > 1 and name is None and isinstance(item, Path):
+                folders = item.resolve().parts[1:-1]
+                keys[i] = "_".join([*folders[-1 - depth :], stem(item)])
     first: dict[str, Any] = {}
     for key, item in zip(keys, given, strict=True):
         if key in first:

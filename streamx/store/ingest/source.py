@@ -124,6 +124,8 @@ class Source:
         Names of the file's other matrices whose values look like counts (for errors; reads a little).
     reopens
         Nothing is lost when it is closed and opened again.
+    opener
+        How another process opens it: a function and its arguments; None where it can't.
     """
 
     key: str
@@ -136,6 +138,7 @@ class Source:
     alternatives: Callable[[], list[str]] = list
     close: Callable[[], None] = lambda: None
     reopens: bool = False
+    opener: tuple[Callable[..., Source], tuple[Any, ...]] | None = None
     obs_names: Names = field(init=False)
     var_names: np.ndarray = field(init=False)
 
@@ -145,6 +148,10 @@ class Source:
         for count, what in ((self.n_obs, "cells"), (self.n_vars, "genes")):
             if count == 0:
                 raise EmptyError(f"no {what}", where=self.location, fix="leave this input out")
+
+    def __reduce__(self) -> tuple[Callable[..., Source], tuple[Any, ...]]:
+        assert self.opener is not None, f"{self.location} can't be sent to another process"
+        return self.opener
 
     @property
     def n_obs(self) -> int:

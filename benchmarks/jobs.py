@@ -1,0 +1,254 @@
+"""A mapping job of many queries: killed, spread over workers, a dask cluster and a bucket.
+
+    STREAMX_DATA=... python benchmarks/jobs.py --queries 100 --kills 20
+
+Two samples of kang_muscat are the reference (SCALEX); half of the queries are 200 cells of the other two,
+half are simulated: Poisson counts of the reference's types under a batch effect of their own. `streamx map`
+runs with one worker and with two (CPU seconds of all processes, wall), on a local dask cluster and with
+everything in a bucket (moto); and killed with SIGKILL at random moments and run again until it ends: in forks
+of a process that has imported everything, and on two workers, there in turn one of these and the coordinator.
+Each must leave the bytes of the first. One JSON line each, appended to results/jobs.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from provenance import commit, machine
+
+RESULTS = Path(__file__).parent / "results" / "jobs.jsonl"
+CLI = [sys.executable, "-m", "streamx"]
+SETTINGS = ["--label-key", "cell_type", "--truth-key", "cell_type", "--min-query-cells", "100"]
+SETTINGS += ["--max-cells", "1000", "--resolution", "1"]
+
+
+def prepare(folder: Path, queries: int, seed: int) -> list[str]:
+    """The reference model, and the query files."""
+    import anndata as ad
+    import numpy as np
+    import pandas as pd
+
+    import streamx as sx
+
+    cells = ad.read_h5ad(Path(os.environ["STREAMX_DATA"]) / "kang_muscat_4samples.h5ad")
+    samples = sorted(cells.obs["batch"].unique())
+    known = cells[cells.obs["batch"].isin(samples[:2])].copy()
+    new = cells[cells.obs["batch"].isin(samples[2:])].copy()
+    sx.convert({"known": known}, folder / "store", batch_key="batch", threads=1)
+    sx.preprocess(folder / "store", folder / "view", min_features=20, n_top_features=800, threads=1)
+    sx.train(folder / "view", folder / "model", max_iteration=300, device="cpu", threads=1, progress=False)
+    (folder / "queries").mkdir()
+    rng = np.random.default_rng(seed)
+    types = sorted(known.obs["cell_type"].unique())
+    profile_tg = np.stack(
+        [np.asarray(known.X[(known.obs["cell_type"] == t).to_numpy()].mean(0)).ravel() for t in types]
+    )
+    for number in range(queries):
+        if number % 2 == 0:
+            some = new[np.sort(rng.choice(new.n_obs, 200, replace=False))].copy()
+        else:
+            type_n = rng.integers(len(types), size=200)
+            effect_g = rng.lognormal(0, 0.3, known.n_vars)
+            x_ng = rng.poisson(profile_tg[type_n] * effect_g * rng.lognormal(0, 0.3, (200, 1)))
+            obs = pd.DataFrame(
+                {"cell_type": np.array(types)[type_n]}, index=[f"s{number}-{i}" for i in range(200)]
+            )
+            some = ad.AnnData(x_ng.astype(np.float32), obs=obs, var=known.var[[]].copy())
+        some.write_h5ad(folder / "queries" / f"q{number:03d}.h5ad")
+    return [str(path) for path in sorted((folder / "queries").iterdir())]
+
+
+def digests(out: Path) -> dict[str, str]:
+    """Of every file but the timings."""
+    files = [path for path in sorted(out.rglob("*")) if path.is_file()]
+    named = {path.relative_to(out).as_posix(): path for path in files}
+    return {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in named.items()
+        if not name.startswith("timings/")
+    }
+
+
+def measured(words: list[str], interrupt: Callable[[subprocess.Popen[bytes]], bool] | None = None) -> Any:
+    """A command line, begun anew whenever `interrupt` ends it: CPU and wall seconds, and kills."""
+    before, begun, kills = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0
+    while True:
+        process = subprocess.Popen(
+            [*CLI, *words, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        while interrupt is not None and process.poll() is None and interrupt(process):
+            kills += 1
+        if process.wait() == 0:
+            break
+        if process.returncode not in (-signal.SIGKILL, 0):
+            sys.exit(f"streamx {' '.join(words)}: {process.returncode}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(cpu, 1), "kills": kills}
+
+
+def records(out: Path) -> int:
+    return len(list(out.glob("records/*.json")))
+
+
+def killer(out: Path, wanted: int, seed: int) -> Callable[[subprocess.Popen[bytes]], bool]:
+    """Kills, in turn, a worker and the coordinator, at random moments after one more query was recorded."""
+    rng, done = random.Random(seed), [0]
+
+    def interrupt(process: subprocess.Popen[bytes]) -> bool:
+        if done[0] == wanted:
+            process.wait()
+            return False
+        before = records(out)
+        while process.poll() is None and records(out) == before:
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 1.5))
+        if process.poll() is not None:
+            return False
+        victims = [psutil.Process(process.pid)]
+        if done[0] % 2 == 0:
+            victims = victims[0].children() or victims
+        rng.choice(victims).send_signal(signal.SIGKILL)
+        done[0] += 1
+        time.sleep(0.1)
+        return True
+
+    return interrupt
+
+
+def killed_forks(model: str, files: list[str], out: Path, wanted: int, seed: int) -> dict[str, Any]:
+    """The job in forks of this process, which has imported all: each is killed in the midst of a query."""
+    import streamx as sx
+
+    settings = {"label_key": "cell_type", "truth_key": "cell_type", "min_query_cells": 100}
+    settings |= {"max_cells": 1000, "resolution": "1", "progress": False}
+    rng, kills, begun = random.Random(seed), 0, time.monotonic()
+    sx.map(model, files[:1], out.with_name("warm"), **settings)
+    while True:
+        pid = os.fork()
+        if pid == 0:
+            for stream in (1, 2):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+            sx.map(model, files, out, **settings)
+            os._exit(0)
+        before = records(out)
+        while kills < wanted and records(out) == before:
+            time.sleep(0.02)
+        if kills < wanted:
+            time.sleep(rng.uniform(0, 1.5))
+            os.kill(pid, signal.SIGKILL)
+        _, ended_by = os.waitpid(pid, 0)
+        kills += ended_by == signal.SIGKILL
+        if ended_by == 0:
+            return {"wall_s": round(time.monotonic() - begun, 1), "kills": kills}
+
+
+def in_a_bucket(folder: Path, words: Callable[[str, list[str], str], list[str]], out: Path) -> Any:
+    """The job with reference, queries and output in a bucket; its objects are copied to `out`."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "hush",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "STREAMX_SCRATCH": str(folder / "scratch"),
+    }
+    import boto3
+
+    from streamx.store.location import open_location
+
+    boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"]).create_bucket(Bucket="cells")
+    place = open_location("s3://cells/job")
+    for path in [*(folder / "model").rglob("*"), *(folder / "queries").iterdir()]:
+        if path.is_file():
+            place.write(path.relative_to(folder).as_posix(), path.read_bytes())
+    found = measured(words("s3://cells/job/model", ["s3://cells/job/queries/*.h5ad"], "s3://cells/job/out"))
+    for key in place.below("out").list():
+        target = out / key
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(place.below("out").read(key))
+    server.stop()
+    return found
+
+
+def without_places(files: Path) -> dict[str, str]:
+    """Digests of a job's output but for what names where its inputs lay."""
+    for path in files.glob("records/*.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"source": None}))
+    found = digests(files)
+    return {name: digest for name, digest in found.items() if name != "map.json"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--queries", type=int, default=100, metavar="N")
+    parser.add_argument("--kills", type=int, default=20, metavar="N")
+    parser.add_argument("--killed-queries", type=int, default=100, metavar="N", help="with two workers")
+    parser.add_argument("--worker-kills", type=int, default=20, metavar="N", help="with two workers")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    about = {
+        "benchmark": "jobs",
+        "commit": commit(),
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("torch", "zarr", "distributed")},
+        "queries": args.queries,
+    }
+    with tempfile.TemporaryDirectory() as place, args.out.open("a") as lines:
+        folder = Path(place)
+        files = prepare(folder, args.queries, args.seed)
+
+        def words(model: str, queries: list[str], out: str, *more: str) -> list[str]:
+            return ["map", model, *queries, "-o", out, *SETTINGS, *more]
+
+        def say(way: str, found: dict[str, Any], same: bool | None) -> None:
+            row = about | {"way": way, "same_bytes": same} | found
+            print(json.dumps(row), flush=True)
+            lines.write(json.dumps(row) + "\n")
+            lines.flush()
+
+        model, out = str(folder / "model"), folder / "whole"
+        say("1 worker", measured(words(model, files, str(out))), None)
+        whole = digests(out)
+        found = killed_forks(model, files, folder / "forks", args.kills, args.seed)
+        say("this process, killed", found, digests(folder / "forks") == whole)
+        some, killed = files[: args.killed_queries], folder / "killed"
+        interrupt = killer(killed, args.worker_kills, args.seed)
+        found = measured(words(model, some, str(killed), "--workers", "2"), interrupt)
+        theirs = {name: digest for name, digest in digests(killed).items() if name != "map.json"}
+        same = theirs == {name: whole[name] for name in theirs} and records(killed) == len(some)
+        say("2 workers, killed", found | {"queries": len(some)}, same)
+        for way, more in (("2 workers", ["--workers", "2"]), ("dask local:2", ["--dask", "local:2"])):
+            found = measured(words(model, files, str(folder / "other"), *more))
+            say(way, found, digests(folder / "other") == whole)
+            shutil.rmtree(folder / "other")
+        found = in_a_bucket(folder, words, folder / "copied")
+        say("bucket", found, without_places(folder / "copied") == without_places(out))
+
+
+if __name__ == "__main__":
+    main()

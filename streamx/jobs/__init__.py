@@ -1,0 +1,1 @@
+"""Many queries onto one reference: planned, spread over processes or machines, taken up again, looked at."""
