@@ -18,7 +18,7 @@ GIVEN = ["T"] * 5 + ["B"] * 3 + ["NK"] * 2 + ["", None]
 FOUND = ["T"] * 4 + ["B"] * 4 + ["Unknown", "T", "T", "B"]
 
 
-def test_crosstab_counts_pairs_and_keeps_what_both_have():
+def test_sx29_crosstab_counts_pairs_and_keeps_what_both_have():
     table = pl.crosstab(GIVEN, FOUND)
     expected = pd.crosstab(np.array(GIVEN[:10]), np.array(FOUND[:10]))
     np.testing.assert_array_equal(table.to_numpy(), expected.to_numpy())
@@ -33,7 +33,7 @@ def test_crosstab_counts_pairs_and_keeps_what_both_have():
         pl.crosstab(["a", "b"], ["a"])
 
 
-def test_names_are_keyed_by_side_and_bars_ascend():
+def test_sa20_names_are_keyed_by_side_and_bars_ascend():
     flow = lay_out(pl.crosstab(GIVEN, FOUND), gap=0.1)
     assert [(bar.name, bar.count) for bar in flow.left] == [("NK", 2), ("B", 3), ("T", 5)]
     assert [(bar.name, bar.count) for bar in flow.right] == [("Unknown", 1), ("B", 4), ("T", 5)]

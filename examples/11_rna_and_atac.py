@@ -1,7 +1,7 @@
 """RNA and ATAC of different cells in one space: peaks become gene activity, and SCALEX takes two batches.
 
-    python examples/09_rna_and_atac.py -o results/rna_and_atac
-    python examples/09_rna_and_atac.py --data rna.h5ad atac.h5ad --genes gencode.gtf.gz
+    python examples/11_rna_and_atac.py -o results/rna_and_atac
+    python examples/11_rna_and_atac.py --data rna.h5ad atac.h5ad --genes gencode.gtf.gz
 
 Raw counts in X, peaks named like chr1:100-200. Without --data, cells of four types are simulated.
 """

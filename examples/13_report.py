@@ -1,6 +1,6 @@
 """One page of what was mapped onto what: open it in any browser, send it by mail.
 
-    python examples/10_report.py -o results/report
+    python examples/13_report.py -o results/report
 
 Runs on the cells that come with streamx (lung cancer cell lines, `streamx/demo/data/SOURCE.md`).
 """
