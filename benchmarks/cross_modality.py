@@ -103,7 +103,7 @@ def cca(x_ng: np.ndarray, is_rna: np.ndarray) -> np.ndarray:
 def run(
     method: str, seed: int, path: Path, args: argparse.Namespace
 ) -> Iterator[tuple[dict[str, Any], ad.AnnData]]:
-    """What a run says of itself, and its latents in obsm, in the file's order of cells. Ours: by both norms."""
+    """What a run says of itself, and its latents in obsm, cells in the file's order. Ours: by both norms."""
     both = ad.read_h5ad(path)
     if method in ("PCA", "CCA"):
         embed = {"PCA": pca, "CCA": cca}[method]
