@@ -129,7 +129,7 @@ def test_a_query_whose_proteins_lie_in_obsm(needs_torch: None, tmp_path: Path) -
 
     with pytest.raises(GeneError, match="0 of 6 genes found") as caught:
         sx.project(tmp_path / "model", {"q": rna}, tmp_path / "no", **own)
-    assert caught.value.fix is not None and caught.value.fix.startswith("--obsm protein_expression")
+    assert caught.value.fix == "--obsm protein_expression: there the model's features are"
     with pytest.raises(UsageError, match="no obsm matrix 'proteins'") as absent:
         sx.project(tmp_path / "model", {"q": rna}, tmp_path / "no", obsm="proteins", **own)
     assert absent.value.fix == "one of: protein_expression"
