@@ -85,10 +85,11 @@ def score_latent(
       a sample of them, or warns.
     * Silhouettes from eight disjoint samples of cells, .8 `max_cells` together; each label or batch is
       represented by drawn cells and by its moments (:func:`~.silhouette.sampled_silhouettes`).
-    * Up to 4 `max_cells`, clusters and connectivity from the graph of all cells (of the same recall).
-      Above, from five sketches of 4 `max_cells` cells, each with its own graph: they estimate what a sketch
-      of that size gives, and a sketch's graph is coarser than that of all cells. ``"best"`` looks for the
-      resolution on the first sketch.
+    * Graph connectivity from the graph of all cells, without an interval; as its search has the same
+      recall, it is not called exact (details: knn_recall). So are NMI and ARI, up to 4 `max_cells`.
+    * Above, NMI and ARI are those of five sketches of 4 `max_cells` cells, each with its own graph (details:
+      sketch): they estimate what a sketch of that size gives, and a sketch's graph is coarser than that of
+      all cells. ``"best"`` looks for the resolution on `max_cells` cells of the first sketch.
 
     ======================  =========================================================================
     batch_entropy_mixing    SCALEX, 100 neighbours; 0 to ln 2 = 0.693
@@ -282,34 +283,61 @@ def _asw_batch(space: Space, batch: Labels | None, codes: np.ndarray) -> Measure
 def _cluster_measures(
     space: Space, codes: np.ndarray, found: Neighbors | None, resolution: float | str
 ) -> dict[str, Measure]:
-    """NMI, ARI and graph connectivity of all cells, or their mean over sketches of cells."""
+    """Graph connectivity of all cells; NMI and ARI of all cells, or their mean over sketches of cells."""
     others, size = clusters.GRAPH_NEIGHBORS - 1, CLUSTERED * space.max_cells
-    if space.n <= size:
-        found = space.around(None, others) if found is None else found
-        one = _clustering(found.first(others), codes, resolution, space.seed)
-        extra = {"resolution": one["resolution"], "n_clusters": int(one["n_clusters"])}
-        connectivity = Measure(one["graph_connectivity"], n=len(codes))
-        return {"graph_connectivity": connectivity} | {
-            name: Measure(one[name], n=len(codes), seed=space.seed, extra=extra) for name in ("nmi", "ari")
-        }
+    if space.n > size:
+        indices_nj, recall = space.graph(others)
+        connectivity = _of_graph(clusters.graph_connectivity(indices_nj, codes), len(codes), recall)
+        return {"graph_connectivity": connectivity} | _of_sketches(space, codes, size, resolution)
+    found = space.around(None, others) if found is None else found
+    recall = None if found.method == "exact" else found.recall
+    connectivity = clusters.graph_connectivity(found.indices_nm[:, :others], codes)
+    measures = {"graph_connectivity": _of_graph(connectivity, len(codes), recall)}
+    one = _clustering(found.first(others), codes, resolution, space.seed)
+    extra = {"resolution": one["resolution"], "n_clusters": int(one["n_clusters"])}
+    for name in ("nmi", "ari"):
+        measures[name] = _of_graph(one[name], len(codes), recall, space.seed, extra)
+    return measures
+
+
+def _of_graph(
+    value: float,
+    n: int,
+    recall: float | None,
+    seed: int | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Measure:
+    """A metric of the graph of all cells; exact if its search was (no `recall`): else edges are missing."""
+    lacking = {} if recall is None else {"knn_recall": recall}
+    return Measure(value, recall is None, n, seed=seed, extra=(extra or {}) | lacking or None)
+
+
+def _of_sketches(space: Space, codes: np.ndarray, size: int, resolution: float | str) -> dict[str, Measure]:
+    """NMI and ARI of sketches of `size` cells; ``"best"`` is looked for among `max_cells` of the first."""
     rng = np.random.default_rng(space.seed)
     runs: list[dict[str, float]] = []
     for _ in range(SKETCHES):
         rows = np.sort(rng.choice(space.n, size, replace=False))
-        part = replace(space, latent_nk=np.asarray(space.latent_nk[rows]), exact=True)
-        runs.append(_clustering(part.around(None, others), codes[rows], resolution, space.seed))
-        resolution = runs[0]["resolution"]
+        if resolution == "best":
+            few = np.sort(rng.choice(rows, space.max_cells, replace=False))
+            resolution = _sketched(space, codes, few, resolution)["resolution"]
+        runs.append(_sketched(space, codes, rows, resolution))
 
-    def over(name: str, **extra: Any) -> Measure:
+    def over(name: str) -> Measure:
         values = np.array([run[name] for run in runs])
-        return mean_of_samples(values, size, space.seed, samples=len(runs), **extra)
+        about = {"samples": SKETCHES, "sketch": size, "resolution": resolution}
+        return mean_of_samples(values, size, space.seed, **about)
 
-    return {"graph_connectivity": over("graph_connectivity")} | {
-        name: over(name, resolution=resolution) for name in ("nmi", "ari")
-    }
+    return {name: over(name) for name in ("nmi", "ari")}
+
+
+def _sketched(space: Space, codes: np.ndarray, rows: np.ndarray, resolution: float | str) -> dict[str, float]:
+    """Clusters of these cells' own graph."""
+    part = replace(space, latent_nk=np.asarray(space.latent_nk[rows]), exact=False)
+    found = part.around(None, clusters.GRAPH_NEIGHBORS - 1)
+    return _clustering(found, codes[rows], resolution, space.seed)
 
 
 def _clustering(found: Neighbors, codes: np.ndarray, resolution: float | str, seed: int) -> dict[str, float]:
     graph = clusters.fuzzy_graph(found.indices_nm, found.distances_nm)
-    agreed = clusters.cluster_agreement(graph, codes, resolution, seed)
-    return agreed | {"graph_connectivity": clusters.graph_connectivity(found.indices_nm, codes)}
+    return clusters.cluster_agreement(graph, codes, resolution, seed)
