@@ -65,10 +65,13 @@ def read(folder: Path) -> Cells:
 
 @contextmanager
 def parts() -> Iterator[dict[str, dict[str, float]]]:
-    """CPU and wall seconds of the parts of score_latent (the index's building is in the batches')."""
+    """CPU and wall seconds of the parts of score_latent (the index's building is in the batches').
+
+    Each is told on stderr as it ends: a run of millions takes minutes.
+    """
     from streamx.metrics import score
 
-    names = ("_batch_measures", "_purity", "_silhouettes", "_asw_batch", "_cluster_measures")
+    names = ("_batch_measures", "_purity", "_asw_batch", "_silhouettes", "_connectivity", "_of_sketches")
     spent: dict[str, dict[str, float]] = {}
     originals = {name: getattr(score, name) for name in names}
 
@@ -77,6 +80,8 @@ def parts() -> Iterator[dict[str, dict[str, float]]]:
             start = clock()
             found = originals[name](*args)
             spent[name.strip("_")] = since(start)
+            told = found[0] if isinstance(found, tuple) else found
+            print(name, spent[name.strip("_")], peak_rss_mb(), told, file=sys.stderr, flush=True)
             return found
 
         return call

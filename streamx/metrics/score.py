@@ -89,7 +89,7 @@ def score_latent(
       recall, it is not called exact (details: knn_recall). So are NMI and ARI, up to 4 `max_cells`.
     * Above, NMI and ARI are those of five sketches of 4 `max_cells` cells, each with its own graph (details:
       sketch): they estimate what a sketch of that size gives, and a sketch's graph is coarser than that of
-      all cells. ``"best"`` looks for the resolution on `max_cells` cells of the first sketch.
+      all cells. ``"best"`` looks for the resolution on the first sketch.
 
     ======================  =========================================================================
     batch_entropy_mixing    SCALEX, 100 neighbours; 0 to ln 2 = 0.693
@@ -286,9 +286,7 @@ def _cluster_measures(
     """Graph connectivity of all cells; NMI and ARI of all cells, or their mean over sketches of cells."""
     others, size = clusters.GRAPH_NEIGHBORS - 1, CLUSTERED * space.max_cells
     if space.n > size:
-        indices_nj, recall = space.graph(others)
-        connectivity = _of_graph(clusters.graph_connectivity(indices_nj, codes), len(codes), recall)
-        return {"graph_connectivity": connectivity} | _of_sketches(space, codes, size, resolution)
+        return _connectivity(space, codes) | _of_sketches(space, codes, size, resolution)
     found = space.around(None, others) if found is None else found
     recall = None if found.method == "exact" else found.recall
     connectivity = clusters.graph_connectivity(found.indices_nm[:, :others], codes)
@@ -298,6 +296,13 @@ def _cluster_measures(
     for name in ("nmi", "ari"):
         measures[name] = _of_graph(one[name], len(codes), recall, space.seed, extra)
     return measures
+
+
+def _connectivity(space: Space, codes: np.ndarray) -> dict[str, Measure]:
+    """Of all cells, however many."""
+    indices_nj, recall = space.graph(clusters.GRAPH_NEIGHBORS - 1)
+    value = clusters.graph_connectivity(indices_nj, codes)
+    return {"graph_connectivity": _of_graph(value, len(codes), recall)}
 
 
 def _of_graph(
@@ -313,15 +318,15 @@ def _of_graph(
 
 
 def _of_sketches(space: Space, codes: np.ndarray, size: int, resolution: float | str) -> dict[str, Measure]:
-    """NMI and ARI of sketches of `size` cells; ``"best"`` is looked for among `max_cells` of the first."""
+    """NMI and ARI of sketches of `size` cells; ``"best"`` is looked for on the first."""
     rng = np.random.default_rng(space.seed)
     runs: list[dict[str, float]] = []
     for _ in range(SKETCHES):
         rows = np.sort(rng.choice(space.n, size, replace=False))
-        if resolution == "best":
-            few = np.sort(rng.choice(rows, space.max_cells, replace=False))
-            resolution = _sketched(space, codes, few, resolution)["resolution"]
-        runs.append(_sketched(space, codes, rows, resolution))
+        part = replace(space, latent_nk=np.asarray(space.latent_nk[rows]), exact=False)
+        found = part.around(None, clusters.GRAPH_NEIGHBORS - 1)
+        runs.append(_clustering(found, codes[rows], resolution, space.seed))
+        resolution = runs[0]["resolution"]
 
     def over(name: str) -> Measure:
         values = np.array([run[name] for run in runs])
@@ -329,13 +334,6 @@ def _of_sketches(space: Space, codes: np.ndarray, size: int, resolution: float |
         return mean_of_samples(values, size, space.seed, **about)
 
     return {name: over(name) for name in ("nmi", "ari")}
-
-
-def _sketched(space: Space, codes: np.ndarray, rows: np.ndarray, resolution: float | str) -> dict[str, float]:
-    """Clusters of these cells' own graph."""
-    part = replace(space, latent_nk=np.asarray(space.latent_nk[rows]), exact=False)
-    found = part.around(None, clusters.GRAPH_NEIGHBORS - 1)
-    return _clustering(found, codes[rows], resolution, space.seed)
 
 
 def _clustering(found: Neighbors, codes: np.ndarray, resolution: float | str, seed: int) -> dict[str, float]:

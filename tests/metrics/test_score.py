@@ -71,22 +71,6 @@ def test_a_graph_that_may_lack_edges_is_not_called_exact(monkeypatch, max_cells)
     assert not found.measures["nmi"].exact
 
 
-def test_best_resolution_is_found_on_a_part_of_the_first_sketch(monkeypatch):
-    latent, _, labels = cells(2500)
-    asked = []
-    agreed = clusters.cluster_agreement
-
-    def spy(graph, codes, resolution, seed):
-        asked.append((graph.shape[0], resolution))
-        return agreed(graph, codes, resolution, seed)
-
-    monkeypatch.setattr(clusters, "cluster_agreement", spy)
-    found = score_latent(latent, None, labels, max_cells=300)
-    best = found.measures["ari"].extra["resolution"]
-    assert best in clusters.RESOLUTIONS
-    assert asked == [(300, "best")] + [(1200, best)] * 5
-
-
 def test_intervals_cover(monkeypatch):
     """95 % intervals of sampled metrics hold the value over all cells about as often."""
     latent, batches, labels = cells(1200, seed=3)
