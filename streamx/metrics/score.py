@@ -82,7 +82,8 @@ def score_latent(
 
     * Metrics of neighbours from one search: `max_cells` sampled cells against *all* cells (and more of rare
       labels for knn_purity, which needs each label's mean). An approximate search reaches a recall of .99 on
-      a sample of them, or warns.
+      a sample of them, or warns. Missed neighbours moved no metric of 100,000 cells by more than .0003, but
+      NMI by .003 and ARI by .03, which a graph changed so little already sends to other clusters.
     * Silhouettes from eight disjoint samples of cells, .8 `max_cells` together; each label or batch is
       represented by drawn cells and by its moments (:func:`~.silhouette.sampled_silhouettes`).
     * Graph connectivity from the graph of all cells, without an interval; as its search has the same
