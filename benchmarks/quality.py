@@ -46,7 +46,7 @@ BYSTANDERS = (
     "integrate",
     "interop",
     "labels.py",
-    "mapping.py",
+    "mapping",
 )
 BYSTANDERS += ("metrics", "neighbors", "plots", "posterior", "simulate", "store", "threads.py", "transfer.py")
 BYSTANDERS += ("verify.py",)

@@ -1,4 +1,4 @@
-"""What a verb of the command line is, and how its options follow from ``streamx/config.py``."""
+"""What a verb of the command line is, and how its options follow from ``streamx/config/``."""
 
 from __future__ import annotations
 

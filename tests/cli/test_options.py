@@ -1,4 +1,4 @@
-"""Every setting of `streamx/config.py` is an option, shows its default, and reaches the library."""
+"""Every setting of `streamx/config/` is an option, shows its default, and reaches the library."""
 
 from __future__ import annotations
 
