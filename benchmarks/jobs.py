@@ -4,10 +4,11 @@
 
 Two samples of kang_muscat are the reference (SCALEX); half of the queries are 200 cells of the other two,
 half are simulated: Poisson counts of the reference's types under a batch effect of their own. `streamx map`
-runs with one worker and with two (CPU seconds of all processes, wall), on a local dask cluster and with
-everything in a bucket (moto); and killed with SIGKILL at random moments and run again until it ends: in forks
-of a process that has imported everything, and on two workers, there in turn one of these and the coordinator.
-Each must leave the bytes of the first. One JSON line each, appended to results/jobs.jsonl.
+runs with one worker, two and eight (CPU seconds of all processes, wall, load of the machine before), on a
+local dask cluster and with everything in a bucket (moto); and on two workers, of which in turn one and the
+coordinator are killed with SIGKILL at random moments, and the command run again until it ends. Each must leave
+the bytes of the first. One JSON line each, appended to results/jobs.jsonl. What workers use after the death
+of their coordinator is missing in the CPU seconds.
 """
 
 from __future__ import annotations
@@ -86,9 +87,11 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def measured(words: list[str], interrupt: Callable[[subprocess.Popen[bytes]], bool] | None = None) -> Any:
-    """A command line, begun anew whenever `interrupt` ends it: CPU and wall seconds, and kills."""
-    before, begun, kills = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0
+    """A command line, begun anew whenever `interrupt` ends it: its cost, kills and starts."""
+    before, begun, kills, starts = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0, 0
+    load = round(os.getloadavg()[0], 1)
     while True:
+        starts += 1
         process = subprocess.Popen(
             [*CLI, *words, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -100,7 +103,8 @@ def measured(words: list[str], interrupt: Callable[[subprocess.Popen[bytes]], bo
             sys.exit(f"streamx {' '.join(words)}: {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(cpu, 1), "kills": kills}
+    found = {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(cpu, 1), "load": load}
+    return found | {"kills": kills, "starts": starts}
 
 
 def records(out: Path) -> int:
@@ -130,33 +134,6 @@ def killer(out: Path, wanted: int, seed: int) -> Callable[[subprocess.Popen[byte
         return True
 
     return interrupt
-
-
-def killed_forks(model: str, files: list[str], out: Path, wanted: int, seed: int) -> dict[str, Any]:
-    """The job in forks of this process, which has imported all: each is killed in the midst of a query."""
-    import streamx as sx
-
-    settings = {"label_key": "cell_type", "truth_key": "cell_type", "min_query_cells": 100}
-    settings |= {"max_cells": 1000, "resolution": "1", "progress": False}
-    rng, kills, begun = random.Random(seed), 0, time.monotonic()
-    sx.map(model, files[:1], out.with_name("warm"), **settings)
-    while True:
-        pid = os.fork()
-        if pid == 0:
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            sx.map(model, files, out, **settings)
-            os._exit(0)
-        before = records(out)
-        while kills < wanted and records(out) == before:
-            time.sleep(0.02)
-        if kills < wanted:
-            time.sleep(rng.uniform(0, 1.5))
-            os.kill(pid, signal.SIGKILL)
-        _, ended_by = os.waitpid(pid, 0)
-        kills += ended_by == signal.SIGKILL
-        if ended_by == 0:
-            return {"wall_s": round(time.monotonic() - begun, 1), "kills": kills}
 
 
 def in_a_bucket(folder: Path, words: Callable[[str, list[str], str], list[str]], out: Path) -> Any:
@@ -205,8 +182,6 @@ def main() -> None:
     )
     parser.add_argument("--queries", type=int, default=100, metavar="N")
     parser.add_argument("--kills", type=int, default=20, metavar="N")
-    parser.add_argument("--killed-queries", type=int, default=100, metavar="N", help="with two workers")
-    parser.add_argument("--worker-kills", type=int, default=20, metavar="N", help="with two workers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
@@ -231,21 +206,16 @@ def main() -> None:
             lines.write(json.dumps(row) + "\n")
             lines.flush()
 
-        model, out = str(folder / "model"), folder / "whole"
+        model, out, other = str(folder / "model"), folder / "whole", folder / "other"
         say("1 worker", measured(words(model, files, str(out))), None)
         whole = digests(out)
-        found = killed_forks(model, files, folder / "forks", args.kills, args.seed)
-        say("this process, killed", found, digests(folder / "forks") == whole)
-        some, killed = files[: args.killed_queries], folder / "killed"
-        interrupt = killer(killed, args.worker_kills, args.seed)
-        found = measured(words(model, some, str(killed), "--workers", "2"), interrupt)
-        theirs = {name: digest for name, digest in digests(killed).items() if name != "map.json"}
-        same = theirs == {name: whole[name] for name in theirs} and records(killed) == len(some)
-        say("2 workers, killed", found | {"queries": len(some)}, same)
-        for way, more in (("2 workers", ["--workers", "2"]), ("dask local:2", ["--dask", "local:2"])):
-            found = measured(words(model, files, str(folder / "other"), *more))
-            say(way, found, digests(folder / "other") == whole)
-            shutil.rmtree(folder / "other")
+        ways = {f"{number} workers": ["--workers", str(number)] for number in (2, 8)}
+        ways |= {"2 workers, killed": ["--workers", "2"], "dask local:2": ["--dask", "local:2"]}
+        for way, more in ways.items():
+            interrupt = killer(other, args.kills, args.seed) if "killed" in way else None
+            found = measured(words(model, files, str(other), *more), interrupt)
+            say(way, found | {"files": len(whole)}, digests(other) == whole)
+            shutil.rmtree(other)
         found = in_a_bucket(folder, words, folder / "copied")
         say("bucket", found, without_places(folder / "copied") == without_places(out))
 
