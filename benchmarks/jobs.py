@@ -5,10 +5,10 @@
 Two samples of kang_muscat are the reference (SCALEX); half of the queries are 200 cells of the other two,
 half are simulated: Poisson counts of the reference's types under a batch effect of their own. `streamx map`
 runs with one worker, two and eight (CPU seconds of all processes, wall, load of the machine before), on a
-local dask cluster and with everything in a bucket (moto); and on two workers, of which in turn one and the
-coordinator are killed with SIGKILL at random moments, and the command run again until it ends. Each must leave
-the bytes of the first. One JSON line each, appended to results/jobs.jsonl. What workers use after the death
-of their coordinator is missing in the CPU seconds.
+local dask cluster and with everything in a bucket (moto); and on two workers, of which one or the coordinator
+is killed with SIGKILL at random moments, and the command run again until it ends. Each must leave the bytes
+of the first. One JSON line each, appended to results/jobs.jsonl. What workers use after the death of their
+coordinator is missing in the CPU seconds. A folder keeps the inputs and the first run for the other ways.
 """
 
 from __future__ import annotations
@@ -36,10 +36,17 @@ from provenance import commit, machine
 RESULTS = Path(__file__).parent / "results" / "jobs.jsonl"
 CLI = [sys.executable, "-m", "streamx"]
 SETTINGS = ["--label-key", "cell_type", "--truth-key", "cell_type", "--min-query-cells", "100"]
-SETTINGS += ["--max-cells", "1000", "--resolution", "1"]
+METRICS = ["--max-cells", "1000", "--resolution", "1"]
+WAYS = {
+    "2 workers, killed": ["--workers", "2"],
+    "2 workers": ["--workers", "2"],
+    "8 workers": ["--workers", "8"],
+    "dask local:2": ["--dask", "local:2"],
+    "bucket": [],
+}
 
 
-def prepare(folder: Path, queries: int, seed: int) -> list[str]:
+def prepare(folder: Path, queries: int, seed: int) -> None:
     """The reference model, and the query files."""
     import anndata as ad
     import numpy as np
@@ -72,7 +79,6 @@ def prepare(folder: Path, queries: int, seed: int) -> list[str]:
             )
             some = ad.AnnData(x_ng.astype(np.float32), obs=obs, var=known.var[[]].copy())
         some.write_h5ad(folder / "queries" / f"q{number:03d}.h5ad")
-    return [str(path) for path in sorted((folder / "queries").iterdir())]
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -112,7 +118,7 @@ def records(out: Path) -> int:
 
 
 def killer(out: Path, wanted: int, seed: int) -> Callable[[subprocess.Popen[bytes]], bool]:
-    """Kills, in turn, a worker and the coordinator, at random moments after one more query was recorded."""
+    """Kills a worker or the coordinator, at random moments after one more query was recorded."""
     rng, done = random.Random(seed), [0]
 
     def interrupt(process: subprocess.Popen[bytes]) -> bool:
@@ -125,10 +131,8 @@ def killer(out: Path, wanted: int, seed: int) -> Callable[[subprocess.Popen[byte
         time.sleep(rng.uniform(0, 1.5))
         if process.poll() is not None:
             return False
-        victims = [psutil.Process(process.pid)]
-        if done[0] % 2 == 0:
-            victims = victims[0].children() or victims
-        rng.choice(victims).send_signal(signal.SIGKILL)
+        coordinator = psutil.Process(process.pid)
+        rng.choice([coordinator, *coordinator.children()]).send_signal(signal.SIGKILL)
         done[0] += 1
         time.sleep(0.1)
         return True
@@ -168,12 +172,13 @@ def in_a_bucket(folder: Path, words: Callable[[str, list[str], str], list[str]],
     return found
 
 
-def without_places(files: Path) -> dict[str, str]:
+def without_places(out: Path) -> dict[str, str]:
     """Digests of a job's output but for what names where its inputs lay."""
-    for path in files.glob("records/*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"source": None}))
-    found = digests(files)
-    return {name: digest for name, digest in found.items() if name != "map.json"}
+    found = {name: digest for name, digest in digests(out).items() if name != "map.json"}
+    for path in out.glob("records/*.json"):
+        record = json.loads(path.read_text()) | {"source": None}
+        found[f"records/{path.name}"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    return found
 
 
 def main() -> None:
@@ -182,7 +187,10 @@ def main() -> None:
     )
     parser.add_argument("--queries", type=int, default=100, metavar="N")
     parser.add_argument("--kills", type=int, default=20, metavar="N")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--no-metrics", action="store_true", help="labels only, for a third of the work")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="kept; for one seed, number and setting")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -192,13 +200,9 @@ def main() -> None:
         "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "zarr", "distributed")},
         "queries": args.queries,
+        "metrics": not args.no_metrics,
     }
     with tempfile.TemporaryDirectory() as place, args.out.open("a") as lines:
-        folder = Path(place)
-        files = prepare(folder, args.queries, args.seed)
-
-        def words(model: str, queries: list[str], out: str, *more: str) -> list[str]:
-            return ["map", model, *queries, "-o", out, *SETTINGS, *more]
 
         def say(way: str, found: dict[str, Any], same: bool | None) -> None:
             row = about | {"way": way, "same_bytes": same} | found
@@ -206,18 +210,33 @@ def main() -> None:
             lines.write(json.dumps(row) + "\n")
             lines.flush()
 
-        model, out, other = str(folder / "model"), folder / "whole", folder / "other"
-        say("1 worker", measured(words(model, files, str(out))), None)
-        whole = digests(out)
-        ways = {f"{number} workers": ["--workers", str(number)] for number in (2, 8)}
-        ways |= {"2 workers, killed": ["--workers", "2"], "dask local:2": ["--dask", "local:2"]}
-        for way, more in ways.items():
+        every_way(args, args.folder or Path(place), say)
+
+
+def every_way(args: argparse.Namespace, folder: Path, say: Callable[..., None]) -> None:
+    if not (folder / "queries").exists():
+        prepare(folder, args.queries, args.seed)
+    files = [str(path) for path in sorted((folder / "queries").iterdir())]
+    assert len(files) == args.queries
+    settings = [*SETTINGS, *(["--no-metrics"] if args.no_metrics else METRICS)]
+
+    def words(model: str, queries: list[str], out: str, *more: str) -> list[str]:
+        return ["map", model, *queries, "-o", out, *settings, *more]
+
+    model, whole = str(folder / "model"), folder / "whole"
+    if not whole.exists():
+        say("1 worker", measured(words(model, files, str(whole))), None)
+    for way in args.ways:
+        other = folder / "other"
+        if way == "bucket":
+            found = in_a_bucket(folder, words, other)
+            theirs, ours = without_places(other), without_places(whole)
+        else:
             interrupt = killer(other, args.kills, args.seed) if "killed" in way else None
-            found = measured(words(model, files, str(other), *more), interrupt)
-            say(way, found | {"files": len(whole)}, digests(other) == whole)
-            shutil.rmtree(other)
-        found = in_a_bucket(folder, words, folder / "copied")
-        say("bucket", found, without_places(folder / "copied") == without_places(out))
+            found = measured(words(model, files, str(other), *WAYS[way]), interrupt)
+            theirs, ours = digests(other), digests(whole)
+        say(way, found | {"files": len(ours)}, theirs == ours)
+        shutil.rmtree(other)
 
 
 if __name__ == "__main__":
