@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 import streamx
 from streamx.errors import SettingsChangedError
+from streamx.mapping import INDEXES
 from streamx.store.latents import write_latents
 from streamx.store.location import Location, Put
 from streamx.surgery.narrow import spread_of
@@ -41,6 +43,9 @@ def begin(source: Location, out: Location, model: Model) -> None:
         out.write(key, source.read(key))
     for name in ["reference.zarr", *model.card.get("added", [])]:
         copy_tree(source.below(name), out.below(name))
+    indexes = source.below(INDEXES)
+    if isinstance(out.root, Path) and indexes.list():  # transfer appends the cells that come
+        copy_tree(indexes, out.below(INDEXES))
     spread = spread_of(out.below("reference.zarr"), model.latent_key)
     fresh = {"earlier": [], "added": [], "surgery": [], "weights": WEIGHTS, "spread": spread}
     write_card(out, fresh | model.card | {"origin": model.id})

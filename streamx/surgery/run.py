@@ -8,9 +8,9 @@
       reference.zarr        a copy of the reference's cells
       added/<name>.zarr     cells of each file, with latents
       cells/<name>          counts of batches that may be learnt anew (with ``refit``)
+      neighbors/            the reference's kept indexes; `transfer` appends the cells that were added
 
 A file is done when the card says so; until then all that was written for it is written anew by the next run.
-An index that `transfer` keeps goes by the checksum of its cells: with more of them it makes a new one.
 """
 
 from __future__ import annotations

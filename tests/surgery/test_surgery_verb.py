@@ -103,6 +103,25 @@ def test_reference_keeps_its_bits_and_new_cells_join_it(kind: str, home: Path, t
     np.testing.assert_array_equal(*z)
 
 
+def test_a_kept_index_gets_the_added_cells(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home / "scvi", tmp_path / "model")
+    sx.project(
+        home / "scvi", {"q": home / "reference.h5ad"}, tmp_path / "out", batch_key="batch", min_features=0
+    )
+    asked = {"label_key": "type", "index": "ivf", "threads": 1}
+    sx.transfer(tmp_path / "model", tmp_path / "out", **asked)
+    [before] = (tmp_path / "model" / "neighbors").iterdir()
+    sx.surgery(tmp_path / "model", home / "q4.h5ad", tmp_path / "u", **FAST)
+    assert [path.name for path in (tmp_path / "u" / "neighbors").iterdir()] == [before.name]
+    sx.project(
+        tmp_path / "u", {"q": home / "reference.h5ad"}, tmp_path / "out2", batch_key="batch", min_features=0
+    )
+    sx.transfer(tmp_path / "u", tmp_path / "out2", **asked)
+    [after] = (tmp_path / "u" / "neighbors").iterdir()
+    [n_before, n_after] = (int(path.name.split("-")[2], 16) for path in (before, after))
+    assert (n_before, n_after) == (360, 440)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_batches_come_in_any_order(kind: str, home: Path, tmp_path: Path) -> None:
     for names in (["q3", "q4"], ["q4", "q3"]):
