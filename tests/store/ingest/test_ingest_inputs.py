@@ -73,12 +73,12 @@ def test_clash_takes_the_folder(tmp_path: Path) -> None:
     assert found == ["one_filtered_feature_bc_matrix", "two_filtered_feature_bc_matrix"]
 
 
-def test_clash_that_stays_is_an_error(tmp_path: Path) -> None:
+def test_clash_takes_as_many_folders_as_it_needs(tmp_path: Path) -> None:
     for name in ("x/one", "y/one"):
         (tmp_path / name).mkdir(parents=True)
         adata().write_h5ad(tmp_path / name / "a.h5ad")
-    with pytest.raises(UsageError, match="both be called 'one_a'"):
-        keys(str(tmp_path / "*" / "one" / "*.h5ad"), tmp_path=tmp_path)
+    found = keys(str(tmp_path / "*" / "one" / "*.h5ad"), tmp_path=tmp_path)
+    assert found == ["x_one_a", "y_one_a"]
 
 
 def test_several_matrices_in_one_folder(tmp_path: Path) -> None:
