@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--min-features", type=int, default=1)
     parser.add_argument("--min-cells", type=int, default=3)
     parser.add_argument("--norm", default="matched", help="statistics of the encoder's batch norm")
+    parser.add_argument("--also", nargs="*", default=[], help="norms by which the same weights map it too")
     parser.add_argument("--models", required=True, help="folder of store, view and models of this data set")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
@@ -97,6 +98,15 @@ def main() -> None:
         kept.write_text(json.dumps(times))
     reference = ad.read_zarr(model / "reference.zarr")
     save(out / "reference.npz", reference)
+
+    # what training with that norm would write: the weights are the same, maxima and statistics are its own
+    own = {"batch_key": "batch", "scale": "query", "min_query_cells": 1, "min_features": args.min_features}
+    for norm in args.also:
+        start = clock()
+        mapped = {norm: args.reference}
+        sx.project(model, mapped, out / "mapped", norm=norm, device="cpu", threads=1, progress=False, **own)
+        times[f"norm {norm}"] = since(start)
+        save(out / f"{norm}.npz", ad.read_zarr(out / "mapped" / f"{norm}.zarr"))
 
     counts = {"reference": reference.n_obs}
     for item in args.query:

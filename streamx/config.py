@@ -623,6 +623,9 @@ NETWORKS: dict[str, type] = {
 class ProjectConfig:
     layer: str | None = option(None, "what holds the counts: X (default), raw, or the name of a layer")
     modality: str | None = option(None, "modality of an h5mu file that holds the counts")
+    obsm: str | None = option(
+        None, "use this obsm matrix of the query as its features instead of X, for a reference made of such"
+    )
     batch_key: str | None = option(
         None, "obs column of the query that names its batches (default: each query is one batch)"
     )

@@ -15,14 +15,14 @@ import pandas as pd
 from scipy import sparse
 
 from streamx.config import ProjectConfig
-from streamx.errors import BatchError, EmptyError, UsageError, warn
+from streamx.errors import BatchError, EmptyError, GeneError, UsageError, warn
 from streamx.preprocess.qc import names_to_use
-from streamx.schema import align, check_overlap
+from streamx.schema import REFUSE_BELOW, align, align_share, check_overlap
 from streamx.store import cells, genes
 from streamx.store.columns import Column, file_of, gathered
 from streamx.store.filed import lay_files, piece_rows
 from streamx.store.frame import as_text
-from streamx.store.ingest import Source, check_counts, open_sources
+from streamx.store.ingest import Source, check_counts, of_obsm, open_sources
 from streamx.store.ingest.inputs import expand, unique_keys
 from streamx.store.obs import Obs
 from streamx.store.order import unique_names
@@ -182,6 +182,8 @@ def open_query(request: Request, model: Model, config: ProjectConfig, *, scratch
     ------
     GeneError
         If a source shares less than half of the model's genes, or holds a name twice.
+    UsageError
+        If a source lacks the obsm matrix that is to be its features.
     BatchError
         If the batch column is absent or a cell has no batch.
     """
@@ -194,6 +196,8 @@ def open_query(request: Request, model: Model, config: ProjectConfig, *, scratch
         memory=memory // 2,
     )
     try:
+        if config.obsm is not None:
+            sources = [of_obsm(source, config.obsm) for source in sources]
         maps = [map_genes(source, model, config) for source in sources]
         batches, code_n = _batches(sources, config.batch_key, request.name, scratch / "batches")
         return Query(request.name, sources, maps, batches, code_n, scratch)
@@ -215,7 +219,16 @@ def map_genes(source: Source, model: Model, config: ProjectConfig) -> GeneMap:
     merged = None if axis == names else genes.column_map(names, axis)
     used_g = names_to_use(axis, model.drop)
     alignment = align(axis, model.genes, strip_versions=config.strip_versions)
-    check_overlap(alignment, axis, model.genes, where=source.location, strip_versions=config.strip_versions)
+    try:
+        check_overlap(
+            alignment, axis, model.genes, where=source.location, strip_versions=config.strip_versions
+        )
+    except GeneError as error:
+        wanted = set(model.genes)
+        holds = [key for key, names in source.obsm.items() if align_share(names, wanted) >= REFUSE_BELOW]
+        if config.obsm is None and holds:
+            error.fix = f"--obsm {holds[0]}: there the model's features are"
+        raise
     target_g = np.where(used_g, alignment.columns, -1)
     return GeneMap(merged, used_g, target_g, alignment.found, alignment.missing)
 

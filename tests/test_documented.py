@@ -1,6 +1,6 @@
 """What SCALEX's and scArches' documentation list is here: the tables of examples/README.md, row by row.
 
-Every row names what provides it, which must exist, and a test, which must exist; rows without a test of their
+Every row names what provides it, which must exist, and tests, which must exist; rows without a test of their
 own elsewhere have it here, under their id.
 """
 
@@ -54,9 +54,9 @@ def test_what_provides_a_row_exists(id: str, documented: str, here: str, test: s
             assert name.split()[1] in verbs
         else:
             assert callable(resolve(name)), name
-    path, function = test.split("::")
-    tree = ast.parse((ROOT / path).read_text())
-    assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+    for path, function in (name.split("::") for name in test.split("`, `")):
+        tree = ast.parse((ROOT / path).read_text())
+        assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
 
 # Arguments as documented (scvi-tools 0.8.0-beta.0, as scArches exposed it)

@@ -30,6 +30,8 @@ def show(result: Result) -> str:
             continue
         how = details[name]
         certain = "exact" if how["exact"] and value is not None else how.get("reason", "sampled")
+        if "knn_recall" in how:
+            certain = f"neighbours' recall {number(how['knn_recall'])}"
         if how.get("ci95"):
             certain = "sampled: " + " to ".join(number(limit) for limit in how["ci95"])
         rows.append({"metric": name, "value": value, "exact, or 95 % interval": certain, "cells": how["n"]})

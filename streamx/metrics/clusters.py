@@ -116,18 +116,27 @@ def cluster_agreement(
 def graph_connectivity(indices_nj: np.ndarray, codes_n: np.ndarray) -> float:
     """Share of each label's cells in its largest connected part of the k-NN graph, mean over labels.
 
-    scib-metrics' definition: directed edges to the nearest neighbours, strong components.
+    scib-metrics' definition: directed edges to the nearest neighbours, strong components. Label after label,
+    so memory holds the edges of one.
+
+    Parameters
+    ----------
+    indices_nj
+        Neighbours of every cell without itself; may be memory-mapped.
     """
     from scipy.sparse import csr_matrix
     from scipy.sparse.csgraph import connected_components
 
-    n = len(indices_nj)
-    inside = codes_n[indices_nj] == codes_n[:, None]  # edges between labels join nothing inside one
-    rows = np.repeat(np.arange(n), inside.sum(axis=1))
-    graph = csr_matrix((np.ones(len(rows)), (rows, indices_nj[inside])), shape=(n, n))
-    _, parts = connected_components(graph, directed=True, connection="strong")
+    place_n = np.empty(len(codes_n), dtype=np.int32)  # of each cell among those of its label
     shares = []
     for code in np.unique(codes_n):
-        sizes = np.unique(parts[codes_n == code], return_counts=True)[1]
-        shares.append(sizes.max() / sizes.sum())
+        cells = np.flatnonzero(codes_n == code)
+        place_n[cells] = np.arange(len(cells), dtype=np.int32)
+        near_mj = indices_nj[cells]
+        inside_mj = codes_n[near_mj] == code  # edges between labels join nothing inside one
+        start_m = np.concatenate([[0], np.cumsum(inside_mj.sum(axis=1))])
+        near = place_n[near_mj[inside_mj]]
+        graph = csr_matrix((np.ones(len(near)), near, start_m), shape=(len(cells),) * 2)
+        _, parts = connected_components(graph, directed=True, connection="strong")
+        shares.append(np.bincount(parts).max() / len(cells))
     return float(np.mean(shares))

@@ -82,13 +82,15 @@ def score_latent(
 
     * Metrics of neighbours from one search: `max_cells` sampled cells against *all* cells (and more of rare
       labels for knn_purity, which needs each label's mean). An approximate search reaches a recall of .99 on
-      a sample of them, or warns.
+      a sample of them, or warns. Missed neighbours moved no metric of 100,000 cells by more than .0003, but
+      NMI by .003 and ARI by .03, which a graph changed so little already sends to other clusters.
     * Silhouettes from eight disjoint samples of cells, .8 `max_cells` together; each label or batch is
       represented by drawn cells and by its moments (:func:`~.silhouette.sampled_silhouettes`).
-    * Up to 4 `max_cells`, clusters and connectivity from the graph of all cells (of the same recall).
-      Above, from five sketches of 4 `max_cells` cells, each with its own graph: they estimate what a sketch
-      of that size gives, and a sketch's graph is coarser than that of all cells. ``"best"`` looks for the
-      resolution on the first sketch.
+    * Graph connectivity from the graph of all cells, without an interval; as its search has the same
+      recall, it is not called exact (details: knn_recall). So are NMI and ARI, up to 4 `max_cells`.
+    * Above, NMI and ARI are those of five sketches of 4 `max_cells` cells, each with its own graph (details:
+      sketch): they estimate what a sketch of that size gives, and a sketch's graph is coarser than that of
+      all cells. ``"best"`` looks for the resolution on the first sketch.
 
     ======================  =========================================================================
     batch_entropy_mixing    SCALEX, 100 neighbours; 0 to ln 2 = 0.693
@@ -282,34 +284,59 @@ def _asw_batch(space: Space, batch: Labels | None, codes: np.ndarray) -> Measure
 def _cluster_measures(
     space: Space, codes: np.ndarray, found: Neighbors | None, resolution: float | str
 ) -> dict[str, Measure]:
-    """NMI, ARI and graph connectivity of all cells, or their mean over sketches of cells."""
+    """Graph connectivity of all cells; NMI and ARI of all cells, or their mean over sketches of cells."""
     others, size = clusters.GRAPH_NEIGHBORS - 1, CLUSTERED * space.max_cells
-    if space.n <= size:
-        found = space.around(None, others) if found is None else found
-        one = _clustering(found.first(others), codes, resolution, space.seed)
-        extra = {"resolution": one["resolution"], "n_clusters": int(one["n_clusters"])}
-        connectivity = Measure(one["graph_connectivity"], n=len(codes))
-        return {"graph_connectivity": connectivity} | {
-            name: Measure(one[name], n=len(codes), seed=space.seed, extra=extra) for name in ("nmi", "ari")
-        }
+    if space.n > size:
+        return _connectivity(space, codes) | _of_sketches(space, codes, size, resolution)
+    found = space.around(None, others) if found is None else found
+    recall = None if found.method == "exact" else found.recall
+    connectivity = clusters.graph_connectivity(found.indices_nm[:, :others], codes)
+    measures = {"graph_connectivity": _of_graph(connectivity, len(codes), recall)}
+    one = _clustering(found.first(others), codes, resolution, space.seed)
+    extra = {"resolution": one["resolution"], "n_clusters": int(one["n_clusters"])}
+    for name in ("nmi", "ari"):
+        measures[name] = _of_graph(one[name], len(codes), recall, space.seed, extra)
+    return measures
+
+
+def _connectivity(space: Space, codes: np.ndarray) -> dict[str, Measure]:
+    """Of all cells, however many."""
+    indices_nj, recall = space.graph(clusters.GRAPH_NEIGHBORS - 1)
+    value = clusters.graph_connectivity(indices_nj, codes)
+    return {"graph_connectivity": _of_graph(value, len(codes), recall)}
+
+
+def _of_graph(
+    value: float,
+    n: int,
+    recall: float | None,
+    seed: int | None = None,
+    extra: dict[str, Any] | None = None,
+) -> Measure:
+    """A metric of the graph of all cells; exact if its search was (no `recall`): else edges are missing."""
+    lacking = {} if recall is None else {"knn_recall": recall}
+    return Measure(value, recall is None, n, seed=seed, extra=(extra or {}) | lacking or None)
+
+
+def _of_sketches(space: Space, codes: np.ndarray, size: int, resolution: float | str) -> dict[str, Measure]:
+    """NMI and ARI of sketches of `size` cells; ``"best"`` is looked for on the first."""
     rng = np.random.default_rng(space.seed)
     runs: list[dict[str, float]] = []
     for _ in range(SKETCHES):
         rows = np.sort(rng.choice(space.n, size, replace=False))
-        part = replace(space, latent_nk=np.asarray(space.latent_nk[rows]), exact=True)
-        runs.append(_clustering(part.around(None, others), codes[rows], resolution, space.seed))
+        part = replace(space, latent_nk=np.asarray(space.latent_nk[rows]), exact=False)
+        found = part.around(None, clusters.GRAPH_NEIGHBORS - 1)
+        runs.append(_clustering(found, codes[rows], resolution, space.seed))
         resolution = runs[0]["resolution"]
 
-    def over(name: str, **extra: Any) -> Measure:
+    def over(name: str) -> Measure:
         values = np.array([run[name] for run in runs])
-        return mean_of_samples(values, size, space.seed, samples=len(runs), **extra)
+        about = {"samples": SKETCHES, "sketch": size, "resolution": resolution}
+        return mean_of_samples(values, size, space.seed, **about)
 
-    return {"graph_connectivity": over("graph_connectivity")} | {
-        name: over(name, resolution=resolution) for name in ("nmi", "ari")
-    }
+    return {name: over(name) for name in ("nmi", "ari")}
 
 
 def _clustering(found: Neighbors, codes: np.ndarray, resolution: float | str, seed: int) -> dict[str, float]:
     graph = clusters.fuzzy_graph(found.indices_nm, found.distances_nm)
-    agreed = clusters.cluster_agreement(graph, codes, resolution, seed)
-    return agreed | {"graph_connectivity": clusters.graph_connectivity(found.indices_nm, codes)}
+    return clusters.cluster_agreement(graph, codes, resolution, seed)

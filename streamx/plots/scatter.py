@@ -269,7 +269,7 @@ def _dots(axes: Axes, xy_n2: np.ndarray, layers: Layers, paint: _Paint, look: _L
     # drawn in random order, or the last category would hide the others; those without a label first
     cells = np.random.default_rng(0).permutation(cells)
     if paint.labels is not None:
-        no_label = np.array([name in UNLABELED for name in paint.labels.names])
+        no_label = np.array([name in UNLABELED for name in paint.labels.names], dtype=bool)
         cells = cells[np.argsort(~no_label[paint.labels.codes_n[cells]], kind="stable")]
     if not len(cells):
         return None

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Protocol
@@ -299,7 +300,9 @@ def run_pass(
         )
     n_tasks = len(level)
     while len(level) > 1:
-        level = [combine(level[i : i + FAN_IN]) for i in range(0, len(level), FAN_IN)]
+        groups = [level[i : i + FAN_IN] for i in range(0, len(level), FAN_IN)]
+        # pair by pair: the same sums in the same order, and each level holds the tables of two, not of all
+        level = [reduce(lambda sum_so_far, piece: combine([sum_so_far, piece]), group) for group in groups]
     found = _compute(level[0], n_tasks, resources, title)
     return (
         tuple(replace(piece, cell_n=cell_n) for piece, cell_n in zip(found, out, strict=True))

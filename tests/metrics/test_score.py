@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from streamx.errors import BadValuesError, EmptyError
-from streamx.metrics import BATCH_METRICS, LABEL_METRICS, mixing, score, score_latent, space
-from streamx.neighbors import nearest
+from streamx.metrics import BATCH_METRICS, LABEL_METRICS, clusters, mixing, score, score_latent, space
+from streamx.neighbors import build_index, nearest
 
 
 def cells(n=3000, seed=0):
@@ -27,16 +27,19 @@ def test_small_sets_are_exact_and_large_ones_sampled_with_an_interval():
     for name in (*BATCH_METRICS, *LABEL_METRICS):
         assert exact.measures[name].exact == (name not in drawn), name
         one, other = exact.measures[name], sampled.measures[name]
+        if name == "graph_connectivity":
+            assert other == one  # of all cells, whatever the sample
+            continue
         assert not other.exact
         assert other.seed == 7
         low, high = other.ci95
         assert low <= other.value <= high
-        if name not in ("nmi", "ari", "graph_connectivity"):  # a sketch's graph is another graph
+        if name not in ("nmi", "ari"):  # a sketch's graph is another graph
             assert low - (high - low) <= one.value <= high + (high - low), name
     assert sampled.measures["ilisi"].n == sampled.measures["kbet"].n == 500
     assert sampled.measures["silhouette"].n == 400
     assert sampled.measures["nmi"].n == 2000
-    assert sampled.measures["nmi"].extra["samples"] == 5
+    assert sampled.measures["nmi"].extra == {"samples": 5, "sketch": 2000, "resolution": 1.0}
 
 
 def test_clusters_are_exact_up_to_four_times_as_many_cells():
@@ -46,6 +49,26 @@ def test_clusters_are_exact_up_to_four_times_as_many_cells():
     for name in ("nmi", "ari", "graph_connectivity"):
         assert sampled.measures[name].exact
         assert sampled[name] == exact[name], name
+
+
+@pytest.mark.parametrize("max_cells", [1000, 500])
+def test_a_graph_that_may_lack_edges_is_not_called_exact(monkeypatch, max_cells):
+    def inverted(*args, method="auto", **options):
+        return build_index(*args, method="ivf", **options)
+
+    monkeypatch.setattr(space, "build_index", inverted)
+    monkeypatch.setattr(space, "IN_MEMORY", 100)  # the graph lies in a file
+    monkeypatch.setattr(score, "_silhouettes", lambda *rest: {})
+    latent, batches, labels = cells(2500)
+    found = score_latent(latent, batches, labels, resolution=1.0, max_cells=max_cells)
+    connectivity = found.measures["graph_connectivity"]
+    assert not connectivity.exact
+    assert 0.99 <= connectivity.extra["knn_recall"] <= 1
+    assert connectivity.n == 2500
+    exact = clusters.graph_connectivity(nearest(latent, n_neighbors=14).indices_nm, labels.astype(int))
+    assert connectivity.value == pytest.approx(exact, abs=0.005)
+    assert ("knn_recall" in found.measures["nmi"].extra) == (max_cells == 1000)
+    assert not found.measures["nmi"].exact
 
 
 def test_intervals_cover(monkeypatch):

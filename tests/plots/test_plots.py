@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.colors import to_hex
 from sklearn import metrics as sk
 
 from streamx import pl
@@ -54,6 +55,13 @@ def test_embedding_has_a_panel_per_group(cells):
     background, own = panel.collections
     assert len(own.get_offsets()) == inside
     assert len(background.get_offsets()) == len(cells.obs) - 1 - inside
+
+
+def test_embedding_without_any_label_is_grey(cells):
+    cells.obs["celltype"] = [None] * len(cells.obs)
+    (dots,) = pl.embedding(cells, groupby=None).axes[0].collections
+    assert len(dots.get_offsets()) == len(cells.obs) - 1
+    assert to_hex(dots.get_facecolors()[0]) == to_hex(style.NO_COLOR)
 
 
 def test_embedding_legend_and_colours(cells):

@@ -12,7 +12,7 @@ from scipy.sparse import csr_matrix
 from test_preprocess_view import transformed
 
 import streamx as sx
-from streamx.errors import BatchError, UsageError
+from streamx.errors import BatchError, GeneError, UsageError
 from streamx.store.collection import Collection
 
 PROTEINS = ["CD3", "CD4", "CD8", "CD19", "CD56", "IgG1"]
@@ -24,6 +24,15 @@ def panel(seed: int = 0, n: int = 120, batches: str = "ab") -> anndata.AnnData:
     x_np[0] = 0
     obs = pd.DataFrame({"batch": rng.choice(list(batches), n)}, index=[f"c{seed}-{i}" for i in range(n)])
     return anndata.AnnData(csr_matrix(x_np, dtype=np.float32), obs=obs, var=pd.DataFrame(index=PROTEINS))
+
+
+def beside_genes(adata: anndata.AnnData) -> anndata.AnnData:
+    """The proteins as an obsm matrix of cells whose X are three genes."""
+    return anndata.AnnData(
+        csr_matrix(np.ones((adata.n_obs, 3)), dtype=np.float32), obs=adata.obs,
+        var=pd.DataFrame(index=list("xyz")),
+        obsm={"protein_expression": pd.DataFrame(adata.X.toarray(), adata.obs_names, PROTEINS)},
+    )  # fmt: skip
 
 
 def centred(x_np: np.ndarray) -> np.ndarray:
@@ -56,10 +65,7 @@ def test_from_x(tmp_path: Path) -> None:
 
 def test_from_obsm_of_cells_with_genes(tmp_path: Path) -> None:
     adata = panel()
-    rna = anndata.AnnData(
-        csr_matrix(np.ones((120, 3)), dtype=np.float32), obs=adata.obs, var=pd.DataFrame(index=list("xyz")),
-        obsm={"protein_expression": pd.DataFrame(adata.X.toarray(), adata.obs_names, PROTEINS)},
-    )  # fmt: skip
+    rna = beside_genes(adata)
     store = sx.convert([rna], tmp_path / "store", batch_key="batch", threads=1)
     settings = {"profile": "ADT", "obsm": "protein_expression", "threads": 1}
     check(sx.preprocess(store, tmp_path / "view", **settings), adata, PROTEINS)
@@ -100,3 +106,30 @@ def test_a_query_gets_what_the_reference_got(needs_torch: None, tmp_path: Path) 
 
     model = load_model(tmp_path / "model")
     assert model.total == "geometric"
+
+
+def test_a_query_whose_proteins_lie_in_obsm(needs_torch: None, tmp_path: Path) -> None:
+    """The latents of the same proteins in X; from memory, from a file, and of a reference made alike."""
+    adata = panel(n=300)
+    rna = beside_genes(adata)
+    store = sx.convert([rna], tmp_path / "store", batch_key="batch", threads=1)
+    view = sx.preprocess(store, tmp_path / "view", profile="ADT", obsm="protein_expression", threads=1)
+    sx.train(view, tmp_path / "model", max_iteration=40, norm="running", progress=False)
+    own = {"batch_key": "batch", "norm": "running", "scale": "query", "min_query_cells": 1, "progress": False}
+    sx.project(tmp_path / "model", {"x": adata}, tmp_path / "out", **own)
+    rna.write_h5ad(tmp_path / "rna.h5ad")
+    queries = {"memory": rna, "file": tmp_path / "rna.h5ad"}
+    sx.project(tmp_path / "model", queries, tmp_path / "out", obsm="protein_expression", **own)
+    expected = anndata.read_zarr(tmp_path / "out" / "x.zarr").obsm["X_scalex"]
+    reference = anndata.read_zarr(tmp_path / "model" / "reference.zarr")[adata.obs_names]
+    np.testing.assert_allclose(reference.obsm["X_scalex"], expected, atol=1e-5)
+    for name in queries:
+        found = anndata.read_zarr(tmp_path / "out" / f"{name}.zarr").obsm["X_scalex"]
+        np.testing.assert_array_equal(found, expected)
+
+    with pytest.raises(GeneError, match="0 of 6 genes found") as caught:
+        sx.project(tmp_path / "model", {"q": rna}, tmp_path / "no", **own)
+    assert caught.value.fix == "--obsm protein_expression: there the model's features are"
+    with pytest.raises(UsageError, match="no obsm matrix 'proteins'") as absent:
+        sx.project(tmp_path / "model", {"q": rna}, tmp_path / "no", obsm="proteins", **own)
+    assert absent.value.fix == "one of: protein_expression"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -133,6 +135,22 @@ def test_statistics_are_right() -> None:
         np.testing.assert_allclose(values.moments.squares_bg[code], (scaled[mine] ** 2).sum(0))
         np.testing.assert_allclose(values.moments.max_bg[code], scaled[mine].max(0))
     same(select(counted.moments, np.arange(50)), counted.moments)
+
+
+def test_few_tables_wait_to_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 tasks' tables, two at each of the two levels; not the eight of a group."""
+    monkeypatch.setattr(passes, "TASK_ROWS", 16)
+    n_genes = 50_000
+    x_ng = random_sparse(256, n_genes, density=1e-3, format="csr", dtype=np.float32, random_state=0)
+    everyone, table = np.ones(256, bool), n_genes * 4 * 8
+    counting = Counting(np.ones(n_genes, bool), 0)
+    run_pass(MatrixRows(x_ng), everyone.astype(int), everyone, counting, resources=Resources())  # compiled
+    tracemalloc.start()
+    (piece,) = run_pass(MatrixRows(x_ng), everyone.astype(int), everyone, counting, resources=Resources())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert piece.moments.n_b.tolist() == [256]
+    assert peak < 6 * table
 
 
 def test_empty_cells_and_no_cells() -> None:
