@@ -4,10 +4,11 @@
 
 Two samples of kang_muscat are the reference (SCALEX); half of the queries are 200 cells of the other two,
 half are simulated: Poisson counts of the reference's types under a batch effect of their own. `streamx map`
-runs with one worker and with two (CPU seconds of all processes, wall), on a local dask cluster and with
-everything in a bucket (moto); and killed with SIGKILL at random moments and run again until it ends: in forks
-of a process that has imported everything, and on two workers, there in turn one of these and the coordinator.
-Each must leave the bytes of the first. One JSON line each, appended to results/jobs.jsonl.
+runs with one worker, two and eight (CPU seconds of all processes, wall, load of the machine before), on a
+local dask cluster and with everything in a bucket (moto); and on two workers, of which one or the coordinator
+is killed with SIGKILL at random moments, and the command run again until it ends. Each must leave the bytes
+of the first. One JSON line each, appended to results/jobs.jsonl. What workers use after the death of their
+coordinator is missing in the CPU seconds. A folder keeps the inputs and the first run for the other ways.
 """
 
 from __future__ import annotations
@@ -35,10 +36,17 @@ from provenance import commit, machine
 RESULTS = Path(__file__).parent / "results" / "jobs.jsonl"
 CLI = [sys.executable, "-m", "streamx"]
 SETTINGS = ["--label-key", "cell_type", "--truth-key", "cell_type", "--min-query-cells", "100"]
-SETTINGS += ["--max-cells", "1000", "--resolution", "1"]
+METRICS = ["--max-cells", "1000", "--resolution", "1"]
+WAYS = {
+    "2 workers, killed": ["--workers", "2"],
+    "2 workers": ["--workers", "2"],
+    "8 workers": ["--workers", "8"],
+    "dask local:2": ["--dask", "local:2"],
+    "bucket": [],
+}
 
 
-def prepare(folder: Path, queries: int, seed: int) -> list[str]:
+def prepare(folder: Path, queries: int, seed: int) -> None:
     """The reference model, and the query files."""
     import anndata as ad
     import numpy as np
@@ -71,7 +79,6 @@ def prepare(folder: Path, queries: int, seed: int) -> list[str]:
             )
             some = ad.AnnData(x_ng.astype(np.float32), obs=obs, var=known.var[[]].copy())
         some.write_h5ad(folder / "queries" / f"q{number:03d}.h5ad")
-    return [str(path) for path in sorted((folder / "queries").iterdir())]
 
 
 def digests(out: Path) -> dict[str, str]:
@@ -86,9 +93,11 @@ def digests(out: Path) -> dict[str, str]:
 
 
 def measured(words: list[str], interrupt: Callable[[subprocess.Popen[bytes]], bool] | None = None) -> Any:
-    """A command line, begun anew whenever `interrupt` ends it: CPU and wall seconds, and kills."""
-    before, begun, kills = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0
+    """A command line, begun anew whenever `interrupt` ends it: its cost, kills and starts."""
+    before, begun, kills, starts = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic(), 0, 0
+    load = round(os.getloadavg()[0], 1)
     while True:
+        starts += 1
         process = subprocess.Popen(
             [*CLI, *words, "--json"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -100,7 +109,8 @@ def measured(words: list[str], interrupt: Callable[[subprocess.Popen[bytes]], bo
             sys.exit(f"streamx {' '.join(words)}: {process.returncode}")
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(cpu, 1), "kills": kills}
+    found = {"wall_s": round(time.monotonic() - begun, 1), "cpu_s": round(cpu, 1), "load": load}
+    return found | {"kills": kills, "starts": starts}
 
 
 def records(out: Path) -> int:
@@ -108,7 +118,7 @@ def records(out: Path) -> int:
 
 
 def killer(out: Path, wanted: int, seed: int) -> Callable[[subprocess.Popen[bytes]], bool]:
-    """Kills, in turn, a worker and the coordinator, at random moments after one more query was recorded."""
+    """Kills a worker or the coordinator, at random moments after one more query was recorded."""
     rng, done = random.Random(seed), [0]
 
     def interrupt(process: subprocess.Popen[bytes]) -> bool:
@@ -121,42 +131,13 @@ def killer(out: Path, wanted: int, seed: int) -> Callable[[subprocess.Popen[byte
         time.sleep(rng.uniform(0, 1.5))
         if process.poll() is not None:
             return False
-        victims = [psutil.Process(process.pid)]
-        if done[0] % 2 == 0:
-            victims = victims[0].children() or victims
-        rng.choice(victims).send_signal(signal.SIGKILL)
+        coordinator = psutil.Process(process.pid)
+        rng.choice([coordinator, *coordinator.children()]).send_signal(signal.SIGKILL)
         done[0] += 1
         time.sleep(0.1)
         return True
 
     return interrupt
-
-
-def killed_forks(model: str, files: list[str], out: Path, wanted: int, seed: int) -> dict[str, Any]:
-    """The job in forks of this process, which has imported all: each is killed in the midst of a query."""
-    import streamx as sx
-
-    settings = {"label_key": "cell_type", "truth_key": "cell_type", "min_query_cells": 100}
-    settings |= {"max_cells": 1000, "resolution": "1", "progress": False}
-    rng, kills, begun = random.Random(seed), 0, time.monotonic()
-    sx.map(model, files[:1], out.with_name("warm"), **settings)
-    while True:
-        pid = os.fork()
-        if pid == 0:
-            for stream in (1, 2):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-            sx.map(model, files, out, **settings)
-            os._exit(0)
-        before = records(out)
-        while kills < wanted and records(out) == before:
-            time.sleep(0.02)
-        if kills < wanted:
-            time.sleep(rng.uniform(0, 1.5))
-            os.kill(pid, signal.SIGKILL)
-        _, ended_by = os.waitpid(pid, 0)
-        kills += ended_by == signal.SIGKILL
-        if ended_by == 0:
-            return {"wall_s": round(time.monotonic() - begun, 1), "kills": kills}
 
 
 def in_a_bucket(folder: Path, words: Callable[[str, list[str], str], list[str]], out: Path) -> Any:
@@ -191,12 +172,13 @@ def in_a_bucket(folder: Path, words: Callable[[str, list[str], str], list[str]],
     return found
 
 
-def without_places(files: Path) -> dict[str, str]:
+def without_places(out: Path) -> dict[str, str]:
     """Digests of a job's output but for what names where its inputs lay."""
-    for path in files.glob("records/*.json"):
-        path.write_text(json.dumps(json.loads(path.read_text()) | {"source": None}))
-    found = digests(files)
-    return {name: digest for name, digest in found.items() if name != "map.json"}
+    found = {name: digest for name, digest in digests(out).items() if name != "map.json"}
+    for path in out.glob("records/*.json"):
+        record = json.loads(path.read_text()) | {"source": None}
+        found[f"records/{path.name}"] = hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    return found
 
 
 def main() -> None:
@@ -205,9 +187,10 @@ def main() -> None:
     )
     parser.add_argument("--queries", type=int, default=100, metavar="N")
     parser.add_argument("--kills", type=int, default=20, metavar="N")
-    parser.add_argument("--killed-queries", type=int, default=100, metavar="N", help="with two workers")
-    parser.add_argument("--worker-kills", type=int, default=20, metavar="N", help="with two workers")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--no-metrics", action="store_true", help="labels only, for a third of the work")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", type=Path, help="kept; for one seed, number and setting")
     parser.add_argument("--out", type=Path, default=RESULTS)
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -217,13 +200,9 @@ def main() -> None:
         "machine": machine(),
         "versions": {name: version(name) for name in ("torch", "zarr", "distributed")},
         "queries": args.queries,
+        "metrics": not args.no_metrics,
     }
     with tempfile.TemporaryDirectory() as place, args.out.open("a") as lines:
-        folder = Path(place)
-        files = prepare(folder, args.queries, args.seed)
-
-        def words(model: str, queries: list[str], out: str, *more: str) -> list[str]:
-            return ["map", model, *queries, "-o", out, *SETTINGS, *more]
 
         def say(way: str, found: dict[str, Any], same: bool | None) -> None:
             row = about | {"way": way, "same_bytes": same} | found
@@ -231,23 +210,33 @@ def main() -> None:
             lines.write(json.dumps(row) + "\n")
             lines.flush()
 
-        model, out = str(folder / "model"), folder / "whole"
-        say("1 worker", measured(words(model, files, str(out))), None)
-        whole = digests(out)
-        found = killed_forks(model, files, folder / "forks", args.kills, args.seed)
-        say("this process, killed", found, digests(folder / "forks") == whole)
-        some, killed = files[: args.killed_queries], folder / "killed"
-        interrupt = killer(killed, args.worker_kills, args.seed)
-        found = measured(words(model, some, str(killed), "--workers", "2"), interrupt)
-        theirs = {name: digest for name, digest in digests(killed).items() if name != "map.json"}
-        same = theirs == {name: whole[name] for name in theirs} and records(killed) == len(some)
-        say("2 workers, killed", found | {"queries": len(some)}, same)
-        for way, more in (("2 workers", ["--workers", "2"]), ("dask local:2", ["--dask", "local:2"])):
-            found = measured(words(model, files, str(folder / "other"), *more))
-            say(way, found, digests(folder / "other") == whole)
-            shutil.rmtree(folder / "other")
-        found = in_a_bucket(folder, words, folder / "copied")
-        say("bucket", found, without_places(folder / "copied") == without_places(out))
+        every_way(args, args.folder or Path(place), say)
+
+
+def every_way(args: argparse.Namespace, folder: Path, say: Callable[..., None]) -> None:
+    if not (folder / "queries").exists():
+        prepare(folder, args.queries, args.seed)
+    files = [str(path) for path in sorted((folder / "queries").iterdir())]
+    assert len(files) == args.queries
+    settings = [*SETTINGS, *(["--no-metrics"] if args.no_metrics else METRICS)]
+
+    def words(model: str, queries: list[str], out: str, *more: str) -> list[str]:
+        return ["map", model, *queries, "-o", out, *settings, *more]
+
+    model, whole = str(folder / "model"), folder / "whole"
+    if not whole.exists():
+        say("1 worker", measured(words(model, files, str(whole))), None)
+    for way in args.ways:
+        other = folder / "other"
+        if way == "bucket":
+            found = in_a_bucket(folder, words, other)
+            theirs, ours = without_places(other), without_places(whole)
+        else:
+            interrupt = killer(other, args.kills, args.seed) if "killed" in way else None
+            found = measured(words(model, files, str(other), *WAYS[way]), interrupt)
+            theirs, ours = digests(other), digests(whole)
+        say(way, found | {"files": len(ours)}, theirs == ours)
+        shutil.rmtree(other)
 
 
 if __name__ == "__main__":

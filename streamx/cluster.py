@@ -43,7 +43,7 @@ def client_of(dask: Any) -> Iterator[Any]:
     try:
         from distributed import Client, LocalCluster
     except ImportError:
-        raise UsageError("dask's cluster is not installed", fix="pip install distributed") from None
+        raise UsageError("dask's cluster is not installed", fix="pip install 'streamx[cluster]'") from None
     kind, _, number = dask.partition(":")
     if kind == "local":
         if number and not (number.isdigit() and int(number)):

@@ -6,10 +6,13 @@ A floor lists the rooms below it. Imports inside functions count: a lazy import 
 from __future__ import annotations
 
 import ast
+import re
 import resource
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,26 @@ def test_floor(path: Path) -> None:
             assert rest[0] == room or rest[0] in ROOMS[room], f"{name} may not import streamx.{rest[0]}"
         elif top in CLOSED.get(room, ()) and name not in TOUCHES_A_DEVICE:
             pytest.fail(f"{name} may not import {top}")
+
+
+def test_every_import_is_declared() -> None:
+    """Also what another package brings along; in constraints.txt each has its version."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    declared = {name_of(line) for line in project["dependencies"]}
+    declared |= {name_of(line) for extra in ("mudata", "cloud", "cluster") for line in extras[extra]}
+    known = packages_distributions()
+    imported = {dotted.split(".")[0] for path in FILES for dotted in imports(path)}
+    others = imported - sys.stdlib_module_names - {"streamx"}
+    from_where = {top: {name_of(dist) for dist in known.get(top, [top])} for top in others}
+    assert {top for top, names in from_where.items() if not names & declared} == set()
+    pinned = (PACKAGE.parent / "constraints.txt").read_text().splitlines()
+    assert declared <= {name_of(line) for line in pinned}
+
+
+def name_of(requirement: str) -> str:
+    """The package that a line asks for, as registries spell it."""
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower().replace("_", "-")
 
 
 def test_nobody_imports_the_command_line() -> None:

@@ -182,8 +182,8 @@ def _nearest(z_nl: np.ndarray, centre_kl: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def _centres(z_nl: np.ndarray, seed: int) -> np.ndarray:
-    from sklearn.cluster import KMeans  # comes with scanpy
-    from threadpoolctl import threadpool_limits  # comes with scikit-learn
+    from sklearn.cluster import KMeans
+    from threadpoolctl import threadpool_limits
 
     n = len(z_nl)
     wanted = min(n, int(np.clip(n // CELLS_PER_CLUSTER, MIN_CLUSTERS, MAX_CLUSTERS)))

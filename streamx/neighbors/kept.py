@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import os
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,29 @@ def kept_index(
     chosen = choose_method(n, n_query, method)
     if home is None or chosen != "ivf" or n < FEWEST:
         return build_index(reference_nk, n_query, method=chosen, seed=seed, **options)
+    with _alone(home):
+        return _found_or_made(home, reference_nk, seed, options)
+
+
+@contextlib.contextmanager
+def _alone(home: Path) -> Iterator[None]:
+    """One process at a time looks, makes and removes; where nothing can be locked, nobody waits.
+
+    Without, one could find lists that another is removing, and make other ones than that.
+    """
+    import fcntl
+
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            home.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(home, os.O_RDONLY)
+            stack.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+
+
+def _found_or_made(home: Path, reference_nk: Any, seed: int, options: dict[str, Any]) -> Index:
+    n = reference_nk.shape[0]
     there = _lists_in(home, seed)
     crc_of = checksums(reference_nk, {length for length, _ in there} | {n})
     folder = home / f"ivf-{seed}-{n:08x}-{crc_of[n]:08x}"
@@ -53,7 +78,7 @@ def kept_index(
     if index is not None and shorter == folder:
         return index
     if index is None:
-        index = build_index(reference_nk, n_query, method=chosen, seed=seed, **options)
+        index = build_index(reference_nk, 0, method="ivf", seed=seed, **options)
     else:
         index = index.append(Rows(reference_nk, np.arange(index.n, n)))
     try:

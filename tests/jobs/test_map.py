@@ -288,6 +288,21 @@ def test_a_worker_and_the_coordinator_are_killed(
     assert digests(out) == digests(whole)
 
 
+@pytest.mark.timeout(900)
+def test_workers_that_make_the_index_at_once(reference: Path, files: list[str], tmp_path: Path) -> None:
+    """Both find none beside the reference; one is left, and labels are those of one process."""
+    settings = {"label_key": "type", "min_query_cells": 20, "index": "ivf", "metrics": False}
+    for workers in (1, 2):
+        home = tmp_path / str(workers)
+        shutil.copytree(reference, home / "model")
+        found = sx.map(home / "model", files[:2], home / "out", workers=workers, **settings, **QUIET)
+        assert found["done"] == 2
+    kept = [digests(tmp_path / workers / "model" / "neighbors") for workers in "12"]
+    assert kept[0] == kept[1]
+    assert len({name.split("/")[0] for name in kept[0]}) == 1
+    assert digests(tmp_path / "1" / "out") == digests(tmp_path / "2" / "out")
+
+
 def test_workers_that_die_over_a_query(
     reference: Path, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from streamx.neighbors import kept_index
+from streamx.neighbors import kept, kept_index, save_index
 from streamx.neighbors.kept import checksums
 
 IVF = {"method": "ivf", "seed": 3, "threads": 1}
@@ -61,3 +64,29 @@ def test_checksums_of_beginnings(n: int) -> None:
     x_nk = np.arange(2 * n, dtype=np.float32).reshape(n, 2)
     cuts = {1, n, max(1, n // 2), min(n, 131_072), n + 1}
     assert checksums(x_nk, cuts) == {cut: zlib.crc32(x_nk[:cut].tobytes()) for cut in cuts if cut <= n}
+
+
+@pytest.mark.parametrize("n_before", [0, 2_000])
+def test_several_miss_it_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n_before: int) -> None:
+    """As workers of a mapping job do: one makes or lengthens it, the others find what it made."""
+    x_nk = points(3_000).astype(np.float32)
+    if n_before:
+        kept_index(tmp_path, x_nk[:n_before], 10, **IVF)
+    saved = list[Path]()
+
+    def saves_slowly(index: Any, folder: Path) -> None:
+        saved.append(folder)
+        time.sleep(0.2)  # without a lock, the others make theirs meanwhile
+        save_index(index, folder)
+
+    monkeypatch.setattr(kept, "save_index", saves_slowly)
+
+    def search() -> Any:
+        return kept_index(tmp_path, x_nk, 10, **IVF).search(x_nk[:50], 7)
+
+    with ThreadPoolExecutor(4) as pool:
+        found = [task.result() for task in [pool.submit(search) for _ in range(4)]]
+    assert [path.name for path in saved] == folders(tmp_path)
+    for indices, distances in found[1:]:
+        np.testing.assert_array_equal(indices, found[0][0])
+        np.testing.assert_array_equal(distances, found[0][1])
