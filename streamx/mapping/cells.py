@@ -204,7 +204,7 @@ def truth_of(query: Cells, key: str | None) -> np.ndarray | None:
 
 
 def agreement_scores(truth: Any, found: Any, unlabeled: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, balanced accuracy and macro F1 of the cells that have a true label, and how many these are."""
+    """Accuracy, balanced accuracy and macro F1 of the cells with a true label, and their number."""
     scores = agreement(truth, found, unlabeled)
     return {name: scores[name] for name in ("accuracy", "balanced_accuracy", "macro_f1", "n_scored")}
 
