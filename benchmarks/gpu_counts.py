@@ -35,6 +35,7 @@ from streamx.config import TRAINING  # noqa: E402
 from streamx.store.collection import open_collection  # noqa: E402
 from streamx.train import counts  # noqa: E402
 from streamx.train.distributed import ALONE  # noqa: E402
+from streamx.train.fit import make_optimizer  # noqa: E402
 from streamx.train.graph import RecordedStep  # noqa: E402
 from streamx.train.run import _configs, train  # noqa: E402
 from streamx.train.task import Run, Task  # noqa: E402
@@ -71,21 +72,19 @@ def endless(task: Task) -> Iterator[tuple[Any, ...]]:
         epoch += 1
 
 
-def step_of(task: Task, optimizer: Any, recorded: bool) -> Callable[..., Any]:
-    step = RecordedStep(optimizer, task.loss, nullcontext())
-    return step if recorded else step._step
-
-
 def steps(model: str, view: Path, settings: dict[str, Any], recorded: bool, n: int) -> dict[str, Any]:
     """As ``streamx.train`` makes them."""
     config, network = _configs(settings | {"model": model, "device": "cuda"})
     opened = open_collection(view)
     run = Run(opened, counts.schema_of(opened, config), config, network, torch.device("cuda"), ALONE, None)
     task = counts.prepare(run, False)
-    from streamx.train.engine import _adam
-
-    optimizer = task.optimizer(config, ALONE) if task.optimizer else _adam(task.module, config, ALONE)
-    step, minibatches = step_of(task, optimizer, recorded), endless(task)
+    if task.optimizer is not None:
+        optimizer = task.optimizer(config, ALONE)
+    else:
+        assert config.eps is not None  # every count model has one
+        optimizer = make_optimizer(task.module, config.lr, config.weight_decay, eps=config.eps)
+    recording = RecordedStep(optimizer, task.loss, nullcontext())
+    step, minibatches = recording if recorded else recording._step, endless(task)
     task.module.train()
     return measured(lambda: step(*next(minibatches)), config.minibatch_size, n, torch.device("cuda"))
 
