@@ -39,7 +39,7 @@ LABEL_METRICS = (
 SILHOUETTES = 0.8  # of max_cells: rows whose silhouettes are sampled, over all repeats
 SILHOUETTE_REPEATS = 8
 CLUSTERED = 4  # times max_cells: a sketch that is clustered
-SKETCHES = 5  # their spread is the interval of a clustering metric
+SKETCHES = 10  # their spread is the interval of a clustering metric
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def score_latent(
       represented by drawn cells and by its moments (:func:`~.silhouette.sampled_silhouettes`).
     * Graph connectivity from the graph of all cells, without an interval; as its search has the same
       recall, it is not called exact (details: knn_recall). So are NMI and ARI, up to 4 `max_cells`.
-    * Above, NMI and ARI are those of five sketches of 4 `max_cells` cells, each with its own graph (details:
+    * Above, NMI and ARI are those of ten sketches of 4 `max_cells` cells, each with its own graph (details:
       sketch): they estimate what a sketch of that size gives, and a sketch's graph is coarser than that of
       all cells. ``"best"`` looks for the resolution on the first sketch.
 

@@ -8,8 +8,8 @@ from functools import cached_property
 import numpy as np
 
 from streamx.labels import Labels
-from streamx.neighbors import Index, Neighbors, build_index, nearest, reach_recall
-from streamx.neighbors.blocks import Rows, blocks, scratch_array, settle
+from streamx.neighbors import Index, Neighbors, build_index, nearest
+from streamx.neighbors.blocks import Rows, settle
 
 SEARCH_RECALL = 0.99
 MEMORY = "2GB"  # of an index and its work
@@ -66,29 +66,18 @@ class Space:
         )
 
     def graph(self, n_neighbors: int) -> tuple[np.ndarray, float | None]:
-        """Neighbours of all cells, which memory may not hold, and the recall of their search (None: exact).
+        """Neighbours of all cells, int32, in a file if they are many; recall of the search (None: exact)."""
+        from streamx.neighbors.graph import knn_graph
 
-        Returns
-        -------
-        indices_nj
-            int32 (cells, n_neighbors); in a file without a name if it is large.
-        """
-        index, own_n = self._index, np.arange(self.n)
-        index.effort = index.efforts[0]  # a search of more neighbours had to look further
-        recall, _ = reach_recall(
+        index = self._index
+        indices_nj, recall = knn_graph(
             index,
             self.latent_nk,
             n_neighbors,
-            own_n,
-            target=SEARCH_RECALL,
+            target_recall=SEARCH_RECALL,
             seed=self.seed,
             memory=MEMORY,
         )
-        shape = self.n, min(n_neighbors, self.n - 1)
-        indices_nj = scratch_array(shape, np.int32, on_disk=4 * shape[0] * shape[1] > IN_MEMORY)
-        for low, some_nk in blocks(self.latent_nk):
-            part = slice(low, low + len(some_nk))
-            indices_nj[part], _ = index.search(some_nk, n_neighbors, own_n[part])
         return indices_nj, None if index.method == "exact" else recall
 
     def take(self, keep_n: np.ndarray) -> Space:

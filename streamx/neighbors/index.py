@@ -219,20 +219,16 @@ def reach_recall(
     """
     if index.method == "exact":
         return 1.0, 0
-    rows = np.flatnonzero(finite_rows(query_mk))
-    rows = np.sort(np.random.default_rng(seed).permutation(rows)[:RECALL_ROWS])
+    rows, limit_m = recall_sample(index, query_mk, n_neighbors, own_m, seed=seed, memory=memory)
     if not len(rows):
         return 1.0, 0
     sample_mk = take_rows(query_mk, rows)
     own = None if own_m is None else np.asarray(own_m)[rows]
-    _, true_distances = search_pieces(
-        index.pieces(), sample_mk, n_neighbors, own, threads=index.threads, memory=memory
-    )
     recall = 0.0
     for effort in index.efforts[index.efforts.index(index.effort) :]:
         index.effort = effort
         _, distances = index.search(sample_mk, n_neighbors, own)
-        recall = float(np.mean(distances <= true_distances[:, -1:]))
+        recall = float(np.mean(distances <= limit_m[:, None]))
         if recall >= target:
             return recall, len(rows)
     warn(
@@ -240,6 +236,25 @@ def reach_recall(
         fix="search exactly (index exact)",
     )
     return recall, len(rows)
+
+
+def recall_sample(
+    index: Index,
+    query_mk: Any,
+    n_neighbors: int,
+    own_m: np.ndarray | None = None,
+    *,
+    seed: int = 0,
+    memory: str | int = "4GB",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the queries that recall is measured on, and the true distance of the k-th neighbour of each."""
+    rows = np.flatnonzero(finite_rows(query_mk))
+    rows = np.sort(np.random.default_rng(seed).permutation(rows)[:RECALL_ROWS])
+    own = None if own_m is None else np.asarray(own_m)[rows]
+    _, distances = search_pieces(
+        index.pieces(), take_rows(query_mk, rows), n_neighbors, own, threads=index.threads, memory=memory
+    )
+    return rows, distances[:, -1]
 
 
 def nearest(

@@ -39,7 +39,7 @@ def test_small_sets_are_exact_and_large_ones_sampled_with_an_interval():
     assert sampled.measures["ilisi"].n == sampled.measures["kbet"].n == 500
     assert sampled.measures["silhouette"].n == 400
     assert sampled.measures["nmi"].n == 2000
-    assert sampled.measures["nmi"].extra == {"samples": 5, "sketch": 2000, "resolution": 1.0}
+    assert sampled.measures["nmi"].extra == {"samples": 10, "sketch": 2000, "resolution": 1.0}
 
 
 def test_clusters_are_exact_up_to_four_times_as_many_cells():
