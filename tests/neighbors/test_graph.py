@@ -43,7 +43,7 @@ def test_an_exact_index_gives_its_answers():
 
 
 def test_threads_tasks_and_files_change_nothing(monkeypatch):
-    monkeypatch.setattr(graph, "TARGET_RECALL", 0.5)
+    monkeypatch.setattr(graph, "START_RECALL", 0.5)
     points_nk = cells()
     found = []
     for threads, task, in_memory in ((1, 4096, 1 << 28), (3, 100, 0)):
