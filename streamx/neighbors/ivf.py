@@ -22,24 +22,8 @@ from streamx.neighbors.blocks import blocks, finite_rows, scratch_array, take_ro
 from streamx.neighbors.exact import leave_out, merge
 from streamx.threads import thread_count
 
-EFFORTS = (
-    4,
-    6,
-    8,
-    12,
-    16,
-    24,
-    32,
-    48,
-    64,
-    96,
-    128,
-    192,
-    256,
-    384,
-    512,
-    0,
-)  # lists that a query reads; 0: all
+# lists that a query reads; 0: all
+EFFORTS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 0)
 LISTS = 4.0  # lists, in roots of the number of cells
 SAMPLE = 48  # cells per list that the centres are trained on
 ROUNDS = 10  # of k-means
