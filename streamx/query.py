@@ -181,9 +181,8 @@ def open_query(request: Request, model: Model, config: ProjectConfig, *, scratch
     Raises
     ------
     GeneError
-        If a source shares less than half of the model's genes, or holds a name twice.
-    UsageError
-        If a source lacks the obsm matrix that is to be its features.
+        If a source shares less than half of the model's genes, or holds a name twice, or lacks the obsm
+        matrix that is to be its features.
     BatchError
         If the batch column is absent or a cell has no batch.
     """

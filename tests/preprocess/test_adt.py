@@ -130,6 +130,11 @@ def test_a_query_whose_proteins_lie_in_obsm(needs_torch: None, tmp_path: Path) -
     with pytest.raises(GeneError, match="0 of 6 genes found") as caught:
         sx.project(tmp_path / "model", {"q": rna}, tmp_path / "no", **own)
     assert caught.value.fix == "--obsm protein_expression: there the model's features are"
-    with pytest.raises(UsageError, match="no obsm matrix 'proteins'") as absent:
+    with pytest.raises(GeneError, match="no obsm matrix 'proteins'") as absent:
         sx.project(tmp_path / "model", {"q": rna}, tmp_path / "no", obsm="proteins", **own)
     assert absent.value.fix == "one of: protein_expression"
+    some = {"lacks": adata, "has": rna}
+    skipped = sx.project(
+        tmp_path / "model", some, tmp_path / "some", obsm="protein_expression", on_error="skip", **own
+    )
+    assert [report["status"] for report in skipped] == ["failed", "done"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pandas as pd
 from scipy import sparse
 
-from streamx.errors import UsageError
+from streamx.errors import GeneError
 from streamx.store.ingest.source import Source, plain_dtype
 
 
@@ -16,11 +16,11 @@ def of_obsm(source: Source, name: str) -> Source:
 
     Raises
     ------
-    UsageError
+    GeneError
         If the input has no such matrix; names those that it has.
     """
     if name not in source.modalities:
-        raise UsageError(
+        raise GeneError(
             f"no obsm matrix {name!r}",
             where=source.location,
             fix=f"one of: {', '.join(source.modalities)}" if source.modalities else "a file that has it",
