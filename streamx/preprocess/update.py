@@ -32,7 +32,7 @@ from streamx.preprocess.passes import (
     run_pass,
 )
 from streamx.preprocess.qc import cells_to_keep, names_to_use
-from streamx.preprocess.recipe import Recipe
+from streamx.preprocess.recipe import Recipe, is_final
 from streamx.preprocess.rows import StoreRows, rows_of
 from streamx.preprocess.scale import maxima
 from streamx.preprocess.view import (
@@ -133,7 +133,8 @@ class _Frozen:
 
     @property
     def as_it_is(self) -> bool:
-        return bool(self.parameters["processed"] or self.obsm)
+        said = {name: self.parameters[name] for name in ("profile", "processed", "obsm")}
+        return is_final(PreprocessConfig(**said))
 
 
 def _thaw(view: Collection, store: Collection, first: int) -> _Frozen:

@@ -13,6 +13,7 @@ from test_preprocess_view import transformed
 
 import streamx as sx
 from streamx.errors import BatchError, GeneError, UsageError
+from streamx.preprocess.run import update_view
 from streamx.store.collection import Collection
 
 PROTEINS = ["CD3", "CD4", "CD8", "CD19", "CD56", "IgG1"]
@@ -85,6 +86,16 @@ def test_a_list_is_the_panel(tmp_path: Path) -> None:
     check(view, adata, without_control)
     with pytest.raises(UsageError, match="of a panel of proteins all are taken"):
         sx.preprocess(store, tmp_path / "no", profile="ADT", n_top_features=3)
+
+
+@pytest.mark.parametrize("obsm", [None, "protein_expression"])
+def test_an_update_takes_the_same_ratios(tmp_path: Path, obsm: str | None) -> None:
+    first, second = panel(), panel(1, 80, "c")
+    parts = [first, second] if obsm is None else [beside_genes(first), beside_genes(second)]
+    store = sx.convert([parts[0]], tmp_path / "store", batch_key="batch", threads=1)
+    sx.preprocess(store, tmp_path / "view", profile="ADT", obsm=obsm, threads=1)
+    sx.convert({"second": parts[1]}, tmp_path / "store", append=True, threads=1)
+    check(update_view(tmp_path / "view", threads=1), anndata.concat([first, second]), PROTEINS)
 
 
 def test_a_query_gets_what_the_reference_got(needs_torch: None, tmp_path: Path) -> None:
