@@ -212,6 +212,10 @@ def _add(
     finally:
         query.close()
     learnt: dict[str, Any] = {}
+    about = {"model": model.id, "inputs": entry["inputs"]}
+    if journal.find("file") != about:  # what is kept of batches is of other cells, which may be called alike
+        journal.clear(keep=(scratch.name,))
+        journal.record("file", about)
     if view is not None:
         for batch in sorted(view.batches):
             model, learnt[batch] = learn(out, model, view, batch, config, options, journal, progress)

@@ -191,6 +191,27 @@ def test_killed_at_any_write_it_ends_the_same(
     assert not (tmp_path / "killed.journal").exists()
 
 
+def test_a_file_that_was_mended_is_learnt_from_the_beginning(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill, then other cells under the same names of file and batch: nothing of the former ones is left."""
+    write, settings = Folder.write, {**FAST, "batch_key": None, "checkpoint_seconds": 0}
+
+    def dying(self: Folder, key: str, *data: bytes) -> None:
+        if key.startswith("batch-") and "epoch-000002" in key:
+            raise Killed
+        write(self, key, *data)
+
+    monkeypatch.setattr(Folder, "write", dying)
+    with pytest.raises(Killed):
+        sx.surgery(home / "scvi", {"new": home / "q3.h5ad"}, tmp_path / "killed", **settings)
+    monkeypatch.undo()
+    for name in ("killed", "whole"):
+        sx.surgery(home / "scvi", {"new": home / "q4.h5ad"}, tmp_path / name, **settings)
+    found, expected = (latents(tmp_path / name, "new") for name in ("killed", "whole"))
+    pd.testing.assert_frame_equal(found, expected, check_exact=True)
+
+
 def test_same_call_again_does_nothing(home: Path, tmp_path: Path) -> None:
     sx.surgery(home / "scvi", home / "q3.h5ad", tmp_path / "u", **FAST)
     before = digests(tmp_path / "u")
