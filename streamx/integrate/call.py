@@ -9,7 +9,9 @@ batch statistics, which fails on queries of few cell types: ``streamx project`` 
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -164,8 +166,15 @@ def SCALEX(
         return _trained(inputs, call, names, folder)
 
 
-def _trained(inputs: dict[str, Any], call: IntegrateConfig, names: list[str] | None, folder: Path) -> AnnData:
+def _view_of(inputs: dict[str, Any], call: IntegrateConfig, names: list[str] | None, folder: Path) -> Collection:
     view = make_view(make_store(inputs, call, folder), call, folder, names)
+    if call.outdir is None:
+        weakref.finalize(view, shutil.rmtree, folder, ignore_errors=True)
+    return view
+
+
+def _trained(inputs: dict[str, Any], call: IntegrateConfig, names: list[str] | None, folder: Path) -> AnnData:
+    view = _view_of(inputs, call, names, folder)
     train(
         view,
         folder / "model",
@@ -186,7 +195,7 @@ def _mapped(inputs: dict[str, Any], call: IntegrateConfig, folder: Path) -> AnnD
     home = local_folder(call.projection)
     model = load_model(home / "model" if (home / "model" / "model.json").is_file() else home)
     call = replace(call, join="outer", min_cells=0)
-    view = make_view(make_store(inputs, call, folder), call, folder, list(model.genes))
+    view = _view_of(inputs, call, list(model.genes), folder)
     adata = assemble(view, list(inputs), _query_latents(model, view, call))
     if not call.repeat:
         reference = home / "adata.h5ad"
@@ -332,14 +341,18 @@ def _device(gpu: int) -> str:
 
 @contextmanager
 def _folder(outdir: str | None) -> Iterator[Path]:
-    """The output folder, or one that lasts as long as the call."""
+    """The output folder, or one that goes with the call, or with the view of it that an X on disk reads."""
     if outdir is not None:
         chosen = local_folder(outdir)
         chosen.mkdir(parents=True, exist_ok=True)
         yield chosen
         return
-    with tempfile.TemporaryDirectory(prefix="streamx-") as folder:
-        yield Path(folder)
+    folder = Path(tempfile.mkdtemp(prefix="streamx-"))
+    try:
+        yield folder
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 @contextmanager

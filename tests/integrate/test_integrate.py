@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import shlex
 from pathlib import Path
@@ -209,6 +210,21 @@ def test_what_does_not_fit_stays_on_disk(
     assert np.allclose(imputed[order], small_enough.layers["impute"], atol=1e-6)
     written = anndata.read_h5ad(tmp_path / "adata.h5ad")
     assert np.array_equal(written.X.toarray(), x.toarray())
+
+
+def test_without_a_folder_what_is_on_disk_lasts_as_long_as_the_cells(
+    files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    in_memory = SCALEX(files[:2], **FAST)
+    assert not list(tmp_path.glob("streamx-*"))
+    monkeypatch.setattr(result, "IN_MEMORY", 0)
+    lazy = SCALEX(files[:2], **FAST)
+    order = lazy.obs_names.get_indexer(in_memory.obs_names)
+    assert np.array_equal(lazy.X.compute()[order].toarray(), in_memory.X.toarray())
+    del lazy
+    gc.collect()
+    assert not list(tmp_path.glob("streamx-*"))
 
 
 def test_as_many_names_as_files(files: list[str]) -> None:
