@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -29,6 +30,7 @@ from streamx.store.text import Text, text_of
 from streamx.threads import run_all, thread_count
 
 PROTEIN = "protein_expression"
+MADE_BY = "streamx-simulate"  # attribute of an h5ad file
 MAX_ROWS = 1 << 15  # of a block
 BYTES_PER_GENE_DRAWN = 64  # of a block while it is drawn and laid down
 EXTRA_VALUES = 100  # different texts in an extra column of texts
@@ -73,8 +75,7 @@ def simulate(output: str | Path, **settings: Any) -> Collection | list[Path]:
 
 def write_store(output: str | Path, atlas: Atlas, config: SimulateConfig) -> Collection:
     """The atlas as a store, through the same writer as a conversion's."""
-    free = ("memory", "threads", "format")
-    settings = {name: value for name, value in asdict(config).items() if name not in free}
+    settings = _decisive(config)
     names = {PROTEIN: (atlas.protein_names, _measured(atlas))} if config.n_proteins else {}
     content = Content(
         kind="store",
@@ -105,6 +106,12 @@ def write_store(output: str | Path, atlas: Atlas, config: SimulateConfig) -> Col
         memory=config.memory,
         threads=threads,
     )
+
+
+def _decisive(config: SimulateConfig) -> dict[str, Any]:
+    """Settings that decide what is written."""
+    free = ("memory", "threads", "format")
+    return {name: value for name, value in asdict(config).items() if name not in free}
 
 
 def _as_converted() -> dict[str, Any]:
@@ -232,32 +239,47 @@ def _code_dtype(n: int) -> np.dtype:
 
 
 def write_files(folder: Path, atlas: Atlas, config: SimulateConfig) -> list[Path]:
-    """One h5ad per batch; each is complete as soon as it has its name."""
+    """One h5ad per batch; each is complete as soon as it has its name, and then kept by the same call."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{name}.h5ad" for name in atlas.batch_names]
+    made_by = json.dumps(_decisive(config))
     there = [path for path in paths if path.exists()]
-    if there:
-        raise UsageError("is there already", where=str(there[0]), fix="choose another folder, or remove it")
+    for path in there:
+        if _made_by(path) != made_by:
+            raise UsageError("is there already", where=str(path), fix="choose another folder, or remove it")
     threads = thread_count(config.threads)
     blocks: list[list[tuple[int, int]]] = [[] for _ in paths]
     for b, start, stop, _ in _blocks(atlas, config, threads):
         blocks[b].append((start, stop))
     obs, firsts = obs_of(atlas), np.concatenate([[0], np.cumsum(atlas.size_b)]).tolist()
     tasks = [
-        partial(_write_file, path, atlas, b, blocks[b], obs.rows(firsts[b], firsts[b + 1]))
+        partial(_write_file, path, atlas, b, blocks[b], obs.rows(firsts[b], firsts[b + 1]), made_by)
         for b, path in enumerate(paths)
+        if path not in there
     ]
     run_all(tasks, threads, "writing")
     return paths
 
 
-def _write_file(path: Path, atlas: Atlas, batch: int, blocks: list[tuple[int, int]], obs: Obs) -> None:
+def _made_by(path: Path) -> str | None:
+    """The settings that a file of ours was written with."""
+    import h5py
+
+    if not h5py.is_hdf5(path):
+        return None
+    with h5py.File(path) as file:
+        return file.attrs.get(MADE_BY)
+
+
+def _write_file(
+    path: Path, atlas: Atlas, batch: int, blocks: list[tuple[int, int]], obs: Obs, made_by: str
+) -> None:
     import h5py
 
     partial_path = path.with_name(f".{path.name}.partial")
     shape = (obs.n_obs, atlas.config.n_genes)
     with h5py.File(partial_path, "w") as file:
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
+        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0", MADE_BY: made_by})
         for name in ("layers", "obsm", "obsp", "varm", "varp", "uns"):
             file.create_group(name).attrs.update({"encoding-type": "dict", "encoding-version": "0.1.0"})
         x = file.create_group("X")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,29 @@ def test_files_hold_what_the_store_holds(tmp_path: Path) -> None:
     assert set(converted.obs_names) == set(store.obs_names)
     with pytest.raises(UsageError, match="is there already"):
         sx.simulate(tmp_path / "files", format="h5ad", **SMALL)
+
+
+def test_killed_files_are_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"format": "h5ad", "threads": 1, **SMALL}
+    whole = sx.simulate(tmp_path / "whole", **settings)
+    replace, done = os.replace, []
+
+    def dying(source: Any, target: Any) -> None:
+        if isinstance(target, Path) and target.suffix == ".h5ad":
+            if done:
+                raise KeyboardInterrupt
+            done.append(target)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", dying)
+    with pytest.raises(KeyboardInterrupt):
+        sx.simulate(tmp_path / "killed", **settings)
+    monkeypatch.undo()
+    before = done[0].stat().st_mtime_ns
+    found = sx.simulate(tmp_path / "killed", **settings)
+    assert [path.read_bytes() for path in found] == [path.read_bytes() for path in whole]
+    assert done[0].stat().st_mtime_ns == before
+    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == [path.name for path in whole]
 
 
 def test_peaks_are_of_the_same_cells(tmp_path: Path) -> None:
