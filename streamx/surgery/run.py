@@ -38,6 +38,7 @@ from streamx.mapping import read_cells
 from streamx.project import project
 from streamx.query import Request, open_query, read_blocks, requests
 from streamx.store.amend import amend
+from streamx.store.frame import as_text
 from streamx.store.journal import Journal, first_difference
 from streamx.store.location import Location, open_location
 from streamx.surgery.arrivals import arrivals
@@ -303,7 +304,7 @@ def _look(added: Location, learnt: Collection[str], batch_key: str | None, sprea
     for batch in learnt:
         mine = np.ones(cells.n_cells, bool)
         if batch_key is not None:
-            mine = (cells.column(batch_key).astype(str) == batch).to_numpy()
+            mine = (as_text(cells.column(batch_key)) == batch).to_numpy()
         warn_narrow(batch, cells.latent_nk[mine], spread)
 
 

@@ -14,6 +14,7 @@ from streamx.store.latents import write_latents
 from streamx.store.location import open_location
 from streamx.surgery import narrow
 from streamx.surgery.narrow import spread_of, warn_narrow
+from streamx.surgery.run import _look as warn_of_narrow
 
 
 def test_spread_is_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +37,12 @@ def test_one_kind_is_warned_of() -> None:
         warn_narrow("few", z_nk[:199], 2.0)
         warn_narrow("wide", 2 * z_nk, 2.0)
         warn_narrow("of a model without cells", z_nk, 0.0)
+
+
+def test_batches_of_numbers_are_found(tmp_path: Path) -> None:
+    """A column of 7.0 names the batch 7."""
+    z_nk = np.random.default_rng(0).normal(0, 0.3, (300, 4)).astype(np.float32)
+    obs = pd.DataFrame({"run": np.full(300, 7.0)}, index=[f"c{i}" for i in range(300)])
+    write_latents(tmp_path / "q.zarr", obs, {"X_scvi": z_nk}, {})
+    with pytest.warns(StreamxWarning, match="7: its 300 cells lie within 29%"):
+        warn_of_narrow(open_location(tmp_path / "q.zarr"), ["7"], "run", 2.0)
