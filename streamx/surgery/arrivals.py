@@ -62,6 +62,10 @@ def _listed(place: Path) -> list[tuple[str, Path]]:
 
 
 def _size(path: Path) -> int:
-    if path.is_dir():
-        return sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
-    return path.stat().st_size if path.exists() else 0
+    """Bytes; 0 of what is not there, or what is being renamed just now."""
+    try:
+        if path.is_dir():
+            return sum(part.stat().st_size for part in path.rglob("*") if part.is_file())
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0

@@ -291,6 +291,27 @@ def test_files_that_arrive(home: Path, tmp_path: Path) -> None:
     assert [report["name"] for report in reports] == ["q3"]
 
 
+def test_what_is_renamed_while_it_is_looked_at_is_looked_at_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that grows: its writer renames an object between the listing and the look."""
+    (tmp_path / "inbox" / "q.zarr").mkdir(parents=True)
+    (tmp_path / "inbox" / "q.zarr" / "zarr.json").write_text("{}")
+    rglob, looks = Path.rglob, [0]
+
+    def with_one_that_is_gone(self: Path, pattern: str) -> Any:
+        looks[0] += 1
+        return [*rglob(self, pattern), *([Vanished(self / "gone")] if looks[0] == 1 else [])]
+
+    class Vanished(type(tmp_path)):  # type: ignore[misc]
+        def is_file(self) -> bool:
+            return True
+
+    monkeypatch.setattr(Path, "rglob", with_one_that_is_gone)
+    assert [r.name for r in arrivals(tmp_path / "inbox", idle=4, pause=lambda s: None)] == ["q"]
+    assert looks[0] >= 3
+
+
 def test_card_names_every_file(home: Path, tmp_path: Path) -> None:
     sx.surgery(home / "scvi", [home / "q3.h5ad", home / "q4.h5ad"], tmp_path / "u", **FAST)
     card = json.loads((tmp_path / "u" / "model.json").read_text())
