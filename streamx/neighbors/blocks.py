@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+
+from streamx.errors import ResourceError
 
 ROWS = 131_072  # at a time
 
@@ -73,7 +76,8 @@ def take_rows(points_nk: Any, rows: np.ndarray) -> np.ndarray:
     if isinstance(points_nk, np.ndarray):
         return np.asarray(points_nk[rows])
     return np.concatenate(
-        [
+        [np.asarray(points_nk[:0])]
+        + [
             some_nk[rows[slice(*np.searchsorted(rows, (low, low + len(some_nk))))] - low]
             for low, some_nk in blocks(points_nk)
         ]
@@ -100,6 +104,14 @@ def scratch_array(shape: tuple[int, ...], dtype: Any, *, on_disk: bool) -> np.nd
     """An array to fill: in memory, or in a file that is gone with the last who uses it."""
     if not on_disk:
         return np.empty(shape, dtype)
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile() as stream:
-        stream.truncate(int(np.prod(shape)) * np.dtype(dtype).itemsize)
+        try:  # a page that the disk has no room for would kill the process
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            raise ResourceError(
+                f"{size / 1e9:.2g} GB for a while: {error.strerror}",
+                where=tempfile.gettempdir(),
+                fix="free some space, or name another folder by TMPDIR",
+            ) from error
         return np.memmap(stream, dtype=dtype, mode="r+", shape=shape)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import zarr
 
-from streamx.neighbors.blocks import Rows, Stacked, blocks, finite_rows, settle, take_rows
+from streamx.errors import ResourceError
+from streamx.neighbors.blocks import Rows, Stacked, blocks, finite_rows, scratch_array, settle, take_rows
 
 POINTS = np.arange(60, dtype=np.float32).reshape(20, 3)
 
@@ -29,6 +33,11 @@ def test_stacked_is_the_concatenation(cuts):
                 np.testing.assert_array_equal(stacked[low:high], POINTS[low:high])
         np.testing.assert_array_equal(np.asarray(stacked), POINTS)
         np.testing.assert_array_equal(take_rows(stacked, np.array([0, 6, 7, 19])), POINTS[[0, 6, 7, 19]])
+
+
+def test_no_rows_of_no_points():
+    nobody = Stacked([POINTS[:0], POINTS[:0]])
+    assert take_rows(nobody, np.empty(0, np.int64)).shape == (0, 3)
 
 
 def test_rows_are_those_rows():
@@ -55,6 +64,15 @@ def test_settled_in_memory_or_in_a_file():
     assert not isinstance(small, np.memmap)
     np.testing.assert_array_equal(small, POINTS)
     np.testing.assert_array_equal(large, POINTS)
+
+
+def test_a_full_disk_is_said_before_it_is_met(monkeypatch):
+    def full(descriptor, offset, size):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ResourceError, match="No space left"):
+        scratch_array((5, 3), np.float32, on_disk=True)
 
 
 def test_finite_rows():
