@@ -91,7 +91,7 @@ class MetricsConfig:
         UNLABELED, "labels that mean none (missing ones always do)", many=True
     )
     max_cells: int = option(
-        50_000, "above this many cells metrics are sampled, with a confidence interval", least=1
+        50_000, "above this many cells metrics are sampled, with a confidence interval", least=10
     )
     resolution: str = option(
         "best", "Leiden resolution for NMI and ARI, or best: of 0.1, 0.2, ..., 2.0 the one with the best NMI"

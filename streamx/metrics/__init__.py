@@ -44,12 +44,14 @@ def batch_entropy_mixing_score(
     batches
         One per cell, at least two different ones.
     """
-    from streamx.errors import BatchError
+    from streamx.errors import BadValuesError, BatchError
     from streamx.labels import encode_labels
     from streamx.metrics import mixing
     from streamx.neighbors import nearest
 
     batch = encode_labels(batches, ())
+    if len(batch) != len(data):
+        raise BadValuesError(f"{len(batch):,} batches for {len(data):,} cells")
     if len(batch.names) < 2:
         raise BatchError(f"mixing needs two batches, there is {len(batch.names) or 'none'}")
     draws = mixing.draw_cells(len(data), n_pools, n_samples_per_pool, seed)

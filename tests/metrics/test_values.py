@@ -47,6 +47,11 @@ def test_scalex_value(space):
     )
 
 
+def test_one_batch_per_cell():
+    with pytest.raises(BadValuesError, match="4 batches for 3 cells"):
+        batch_entropy_mixing_score(np.zeros((3, 2)), list("abab"))
+
+
 def test_mixing_of_one_and_of_two_worlds():
     latent = np.random.RandomState(0).randn(600, 8)
     batches = np.repeat(["a", "b"], 300)
