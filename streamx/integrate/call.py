@@ -166,7 +166,9 @@ def SCALEX(
         return _trained(inputs, call, names, folder)
 
 
-def _view_of(inputs: dict[str, Any], call: IntegrateConfig, names: list[str] | None, folder: Path) -> Collection:
+def _view_of(
+    inputs: dict[str, Any], call: IntegrateConfig, names: list[str] | None, folder: Path
+) -> Collection:
     view = make_view(make_store(inputs, call, folder), call, folder, names)
     if call.outdir is None:
         weakref.finalize(view, shutil.rmtree, folder, ignore_errors=True)

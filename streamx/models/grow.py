@@ -72,9 +72,8 @@ def extended(
         for name, dimension in tables.items():
             own = given[name].select(dimension, number) if name in given else None
             _append(made, generator, name, dimension, own)
+    _add_to_count(made, len(generators))
     for part in made.modules():
-        if "n_batches" in vars(part):
-            vars(part)["n_batches"] += len(generators)
         if isinstance(part, SparseLinear):
             part.pending = None  # the old model's optimiser does not know this one
     return made

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -17,7 +17,6 @@ from streamx.neighbors.exact import ExactIndex, search_pieces
 from streamx.neighbors.nndescent import NNDescentIndex
 from streamx.neighbors.stored import read_arrays, write_arrays
 
-Method = Literal["auto", "exact", "ivf", "nndescent"]
 METHODS = ("auto", "exact", "ivf", "nndescent")
 TARGET_RECALL = 0.95
 RECALL_ROWS = 1000

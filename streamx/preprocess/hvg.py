@@ -316,14 +316,3 @@ def expand(table: pd.DataFrame, found_g: np.ndarray, names: Sequence[str]) -> pd
         full[at] = values
         columns[name] = full
     return pd.DataFrame(columns, index=pd.Index(names))
-
-
-__all__ = [
-    "candidates",
-    "dispersions",
-    "expand",
-    "rank_dispersions",
-    "rank_variances",
-    "regularised_sd",
-    "standardised_variance",
-]

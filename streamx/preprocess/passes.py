@@ -8,7 +8,6 @@ time, and a kernel adds row after row, so none of them changes a bit of any resu
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -24,6 +23,7 @@ from streamx.preprocess import kernels
 from streamx.preprocess.moments import Moments, merge
 from streamx.preprocess.rows import Rows
 from streamx.store.scratch import new_array
+from streamx.threads import thread_count
 
 TASK_ROWS = 16_384
 FAN_IN = 8
@@ -165,7 +165,7 @@ def plan_resources(
     ResourceError
         If the tables alone do not fit.
     """
-    wanted = threads or os.cpu_count() or 1
+    wanted = thread_count(threads)
     table = n_genes * 4 * 8
     fixed = table * n_batches * 3 + LIBRARIES  # the result, and what is being merged into it
     per_row = nnz_per_row * BYTES_PER_VALUE + 64

@@ -18,7 +18,6 @@ from streamx.store.ingest.spill import Entries, transposed
 from streamx.store.ingest.tenx import split_features
 
 BARCODES, GENES, FEATURES = ("barcode",), ("gene", "peaks"), ("feature",)
-LINE_BYTES = 64  # memory that the parser takes per line
 
 
 def is_companion(path: Path) -> bool:
