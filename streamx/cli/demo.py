@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def command_lines(folder: Path, seed: int) -> list[str]:
     """The commands, as one would type them in the folder where `streamx demo` was called."""
+    folder = Path(shlex.quote(str(folder)))
     data, store, view = folder / "data", folder / "store", folder / "view"
     model, mapped, figures = (folder / f"{what}-{seed}" for what in ("model", "mapped", "figures"))
     return [
@@ -52,7 +54,7 @@ def run(args: argparse.Namespace) -> Result:
     for line in command_lines(folder, args.seed):
         print(f"$ streamx {line}", flush=True)
         verb = line.split(" ", 1)[0]
-        results[verb] = invoke(line.split(" "))
+        results[verb] = invoke(shlex.split(line))
         told = results[verb]["queries"][0] if verb == "project" else results[verb]
         facts = [f"{name} {number(told[name])}" for name in SHOWN.get(verb, ())]
         if facts:

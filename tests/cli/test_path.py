@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -249,6 +250,12 @@ def test_a_process_of_its_own(folder: Path) -> None:
     command = [sys.executable, "-m", "streamx.cli.main", "info", str(folder / "store"), "--json"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
     assert json.loads(done.stdout)["n_cells"] == 1_183
+
+
+def test_demo_works_in_a_folder_with_a_space() -> None:
+    first = shlex.split(command_lines(Path("my demo"), 0)[0])
+    assert first == ["convert", "my demo/data/sc_celseq2*.h5ad", "-o", "my demo/store"]
+    assert make_parser().parse_args(first).verb
 
 
 def test_demo_prints_what_it_runs(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
