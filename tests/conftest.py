@@ -7,6 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A first example may compile a loop, on a machine that others use.
+settings.register_profile("streamx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("streamx")
 
 NO_TORCH = "torch is not installed"
 

@@ -56,16 +56,15 @@ def knn_graph(
     """
     own_n = np.arange(index.n)
     shape = index.n, min(n_neighbors, index.n - 1)
-    rows, limit_m = recall_sample(index, points_nk, n_neighbors, own_n, seed=seed, memory=memory)
+    truth = recall_sample(index, points_nk, n_neighbors, own_n, seed=seed, memory=memory)
+    rows, limit_m = truth
     number_n, lying_nk = _as_they_lie(index)
     place_n = np.empty(index.n, dtype=np.int32)
     place_n[number_n] = own_n
     near_nj, better_nj, back_nj = (_room(shape, np.int32) for _ in range(3))
     index.effort = index.efforts[0]  # a search of more neighbours had to look further
     for target in (min(START_RECALL, target_recall), target_recall):
-        recall, _ = reach_recall(
-            index, points_nk, n_neighbors, own_n, target=target, seed=seed, memory=memory
-        )
+        recall, _ = reach_recall(index, points_nk, n_neighbors, own_n, target=target, truth=truth)
         for low, some_nk in blocks(lying_nk):
             part = slice(low, low + len(some_nk))
             near_nj[part] = place_n[index.search(some_nk, n_neighbors, number_n[part])[0]]

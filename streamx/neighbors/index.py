@@ -205,11 +205,13 @@ def reach_recall(
     target: float = TARGET_RECALL,
     seed: int = 0,
     memory: str | int = "4GB",
+    truth: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> tuple[float, int]:
     """Measure the recall on a seeded sample of the queries, and search harder until it reaches `target`.
 
     A neighbour counts as found if its true distance is at most the true k-th (so equal distances are no
-    misses). Changes ``index.effort``; warns if even the widest search stays below.
+    misses). Changes ``index.effort``; warns if even the widest search stays below. `truth` is what
+    :func:`recall_sample` gave for the same queries, if it was asked before.
 
     Returns
     -------
@@ -218,7 +220,9 @@ def reach_recall(
     """
     if index.method == "exact":
         return 1.0, 0
-    rows, limit_m = recall_sample(index, query_mk, n_neighbors, own_m, seed=seed, memory=memory)
+    if truth is None:
+        truth = recall_sample(index, query_mk, n_neighbors, own_m, seed=seed, memory=memory)
+    rows, limit_m = truth
     if not len(rows):
         return 1.0, 0
     sample_mk = take_rows(query_mk, rows)
