@@ -26,6 +26,8 @@ from streamx.errors import BadFileError
 
 _LARGEST = 1 << 28  # bytes of a pickle without its tensors: millions of names
 _DEEPEST = 64  # levels of nesting
+_TUPLES = 20_000  # tuples in a pickle: hashing one within the other as deep as that still fits a stack
+_HASHED = {"TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "FROZENSET"}
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -164,7 +166,11 @@ def _bounded(program: bytes) -> bytes:
     """The same bytes, if they do nothing that find_class and the nodes can't stop."""
     if len(program) > _LARGEST:
         raise ValueError(f"{len(program):,} bytes")
+    tuples = 0
     for op, argument, _ in pickletools.genops(program):
+        tuples += op.name in _HASHED
+        if tuples > _TUPLES:
+            raise ValueError(f"more than {_TUPLES:,} tuples")  # as a key they would end the process
         if op.name.startswith("EXT"):
             raise Refused("an extension code")  # may be answered from a cache, without asking find_class
         if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(program):

@@ -87,7 +87,8 @@ def safe_name(name: str) -> str | None:
     Raises
     ------
     BadFileError
-        If it leads elsewhere, on any system: absolute, with ``..``, a drive, a backslash, control characters.
+        If it leads elsewhere, on any system: absolute, with ``..``, a drive, a backslash, control characters;
+        or is longer than disks take.
     """
     path = PurePosixPath(name)
     bad = (
@@ -98,6 +99,7 @@ def safe_name(name: str) -> str | None:
         or re.match(r"[A-Za-z]:", name)
         or any(unicodedata.category(letter) == "Cc" for letter in name)
         or len(name.encode()) > 4096
+        or any(len(part.encode()) > 255 for part in path.parts)  # longer than disks take
     )
     if bad:
         raise BadFileError(f"a file in it is called {name[:200]!r}, which leads out of the folder")
@@ -164,7 +166,7 @@ def unpack(path: Path, folder: Path, limit: int) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             plan = plan_extraction(archive.infolist(), limit)
-            listed = _listed(archive, plan.pop(MANIFEST, None))
+            listed = _listed(archive, plan.pop(MANIFEST, None), plan)
             _room_for(folder, sum(info.file_size for info in plan.values()))
             left = limit
             for name, info in plan.items():
@@ -180,14 +182,19 @@ def unpack(path: Path, folder: Path, limit: int) -> None:
         raise BadFileError(error.what, where=str(path), fix="don't use it; ask who made it") from None
 
 
-def _listed(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> dict[str, list[Any]] | None:
+def _listed(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo | None, plan: dict[str, zipfile.ZipInfo]
+) -> dict[str, list[Any]] | None:
     """The archive's own list of files; None if it has none (another tool made it)."""
     if info is None:
         return None
+    longest = 4096 + sum(12 * len(name) + 256 for name in plan)  # JSON takes at most 12 bytes a character
+    if info.file_size > longest:
+        raise ValueError(f"its list of {len(plan):,} files has {info.file_size:,} bytes")
     with archive.open(info) as stream:
         try:
-            return dict(json.loads(stream.read(MOST_FILES * 512))["files"])
-        except (KeyError, TypeError) as error:
+            return dict(json.loads(stream.read())["files"])
+        except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"its list of files can't be read: {error}") from None
 
 
@@ -211,6 +218,8 @@ def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, left
                     raise ResourceError(f"{info.filename!r} is larger than it says", fix="don't use it")
                 digest.update(data)
                 out.write(data)
+    except (FileExistsError, NotADirectoryError) as error:  # capitals or accents tell them apart elsewhere
+        raise BadFileError(f"{info.filename!r} and another name in it are one name on this disk") from error
     except OSError as error:
         raise storage_error(error, str(target)) from error
     return size, digest.hexdigest()

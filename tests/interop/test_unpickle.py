@@ -198,6 +198,7 @@ PROGRAMS = {
     b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x02tQ.",
     "list in itself": b"]\x94h\x00a.",
     "deep": b"]" * 500 + b"a" * 499 + b".",
+    "key as deep as the stack": b"\x80\x02}N" + b"\x85" * 2_000_000 + b"Ns.",
     "cut short": pickle.dumps(PLAIN)[:-5],
     "empty": b"",
     "no pickle": b"gene,count\nCD3E,4\n",
