@@ -1,7 +1,7 @@
 """What SCALEX's and scArches' documentation list is here: the tables of examples/README.md, row by row.
 
-Every row names what provides it, which must exist, and tests, which must exist; rows without a test of their
-own elsewhere have it here, under their id.
+Every row names what provides it, which must exist, and tests, which must exist, one of them with the row's id
+in its name; rows without a test of their own elsewhere have it here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def test_what_provides_a_row_exists(id: str, documented: str, here: str, test: s
             assert name.split()[1] in verbs
         else:
             assert callable(resolve(name)), name
-    for path, function in (name.split("::") for name in test.split("`, `")):
+    tests = [name.split("::") for name in test.split("`, `")]
+    assert any(f"_{id.lower()}_" in function for _, function in tests)
+    for path, function in tests:
         tree = ast.parse((ROOT / path).read_text())
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
