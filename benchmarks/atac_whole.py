@@ -1,0 +1,146 @@
+"""ATAC over 479,127 peaks from files to latents by the commands; then again, each command killed on the way.
+
+    python benchmarks/atac_whole.py --cells 15000 60000 --folder /somewhere/large
+
+Simulated: 4 batches, about 1,000 open peaks per cell. `convert`, `preprocess --profile ATAC` (30,000 variable
+peaks), `train` (some hundred steps) and `project` (the same files as queries) run with ``--memory 1GB`` and
+one thread: seconds, and the peak of anonymous memory, 50 times a second. Then every command is run to another
+place, killed with SIGKILL after each of three shares of those seconds, and run until it ends: which files
+differ from those of the first run is in the line, one per size, in ``results/atac_whole.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from preprocess import ONE_THREAD  # noqa: E402
+from provenance import commit, machine  # noqa: E402
+
+RESULTS = HERE / "results" / "atac_whole.jsonl"
+N_PEAKS, N_TOP, DEPTH, N_BATCHES = 479_127, 30_000, 1_000, 4
+MEMORY = ["--memory", "1GB", "--threads", "1"]
+SHARES = (0.3, 0.6, 0.9)  # of a command's seconds, after which it is killed: each time from where it stood
+OUTPUTS = {"convert": "store", "preprocess": "view", "train": "model", "project": "mapped"}
+TIMED = ("history.csv",)  # seconds are in it
+
+
+def commands(folder: Path, output: Path, steps: int, variant: str) -> dict[str, list[str]]:
+    """What is run, by the name of its verb; each reads what the one before wrote into `folder`."""
+    files = sorted(map(str, (folder / "files").glob("*.h5ad")))
+    recipe = ["--profile", "ATAC", "--atac", variant, "--n-top-features", str(N_TOP)]
+    training = ["--max-iteration", str(steps), "--checkpoint-seconds", "5"]
+    return {
+        "convert": [*files, "-o", str(output / "store"), "--batch-key", "batch"],
+        "preprocess": [str(folder / "store"), "-o", str(output / "view"), *recipe],
+        "train": [str(folder / "view"), "-o", str(output / "model"), *training],
+        "project": [str(folder / "model"), *files, "-o", str(output / "mapped"), "--batch-key", "batch"],
+    }
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of memory of a process that can't be given back; 0 when it is gone."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) << 10 for line in status.splitlines() if "RssAnon" in line), 0)
+
+
+def run(verb: str, words: list[str], limit: float | None = None) -> dict[str, Any]:
+    """One command: its seconds and memory; killed after `limit` seconds, if it is not done by then."""
+    before, begun = resource.getrusage(resource.RUSAGE_CHILDREN), time.monotonic()
+    line = [sys.executable, "-W", "ignore", "-m", "streamx", verb, *words, *MEMORY, "--json"]
+    process = subprocess.Popen(
+        line, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, **ONE_THREAD}, text=True
+    )
+    peak, killed = 0, False
+    while process.poll() is None:
+        peak = max(peak, anonymous(process.pid))
+        if limit is not None and time.monotonic() - begun > limit:
+            process.kill()
+            killed = True
+        time.sleep(0.02)
+    said = process.stderr.read() if process.stderr else ""
+    if process.returncode and not killed:
+        sys.exit(f"streamx {verb}: {process.returncode}\n{said}")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    seconds = {"wall_s": round(time.monotonic() - begun, 2), "cpu_s": round(cpu, 2)}
+    return seconds | {"peak_anonymous_bytes": peak, "killed": killed}
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name not in TIMED]
+    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def differing(one: Path, other: Path) -> list[str]:
+    found, wanted = digests(one), digests(other)
+    return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
+
+
+def whole_way(folder: Path, n_cells: int, steps: int, variant: str) -> dict[str, Any]:
+    import streamx as sx
+
+    if not (folder / "files").exists():
+        shape: dict[str, Any] = {"n_cells": n_cells, "n_genes": N_PEAKS, "n_batches": N_BATCHES}
+        writing = folder / "writing"
+        sx.simulate(writing, features="peaks", format="h5ad", depth=DEPTH, threads=1, memory="1GB", **shape)
+        writing.rename(folder / "files")
+    row: dict[str, Any] = {}
+    for place in (folder, folder / "again"):
+        for name in OUTPUTS.values():
+            shutil.rmtree(place / name, ignore_errors=True)
+            shutil.rmtree(place / f"{name}.journal", ignore_errors=True)
+    for verb, words in commands(folder, folder, steps, variant).items():
+        row[verb] = run(verb, words)
+    for verb, words in commands(folder, folder / "again", steps, variant).items():
+        tries = [run(verb, words, share * row[verb]["wall_s"]) for share in SHARES]
+        last = run(verb, words)
+        name = OUTPUTS[verb]
+        row[verb] |= {
+            "kills": sum(one["killed"] for one in tries),
+            "cpu_s_with_kills": round(sum(one["cpu_s"] for one in [*tries, last]), 2),
+            "peak_with_kills": max(one["peak_anonymous_bytes"] for one in [*tries, last]),
+            "differ": differing(folder / name, folder / "again" / name),
+        }
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--cells", type=int, nargs="*", default=[15_000, 60_000])
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--atac", default="1.0.4", help="which recipe")
+    parser.add_argument("--folder", type=Path, help="where data stay for the next time (default: removed)")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        for n_cells in args.cells:
+            folder = (args.folder or Path(temporary)) / str(n_cells)
+            folder.mkdir(parents=True, exist_ok=True)
+            told = whole_way(folder, n_cells, args.steps, args.atac)
+            about = {"commit": commit(), "machine": machine()}
+            row = {"n_cells": n_cells, "n_peaks": N_PEAKS, "steps": args.steps, "atac": args.atac} | about
+            with open(RESULTS, "a") as file:
+                file.write(json.dumps(row | told) + "\n")
+            print(json.dumps(row | told), flush=True)
+
+
+if __name__ == "__main__":
+    main()
