@@ -168,6 +168,31 @@ def test_what_is_wrong_never_appears(
     assert list(tmp_path.iterdir()) == [home]
 
 
+CARD = {"format": 1, "model": "scalex", "id": "x", "files": {}}
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"[" * 100_000,
+        seal({}),
+        seal(CARD | {"files": ["model.safetensors"]}),
+        seal(CARD | {"files": {"model.safetensors": 3}}),
+        seal(CARD | {"files": {"../../../../../etc/passwd": [1, "00000000"]}}),
+        seal(CARD | {"files": {"a\0b": [1, "00000000"]}}),
+        seal(CARD | {"model": {"scalex": 1}}),
+        seal(CARD | {"format": "1"}),
+    ],
+)
+def test_a_card_that_is_sealed_and_none(card: bytes, model: Path, zenodo: Zenodo, tmp_path: Path) -> None:
+    """A seal shows damage, not who made it."""
+    published(model, zenodo)
+    rezipped(zenodo, model, {"model.json": card})
+    with pytest.raises(IntegrityError):
+        sx.fetch("100", tmp_path / "got", base_url=zenodo.api, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_checksums_and_limits(model: Path, zenodo: Zenodo, tmp_path: Path) -> None:
     published(model, zenodo)
     with pytest.raises(ResourceError, match="are allowed"):
