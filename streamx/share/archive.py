@@ -7,6 +7,7 @@ Last comes ``streamx-files.json``: size and SHA-256 of every file.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from streamx.store.manifest import dump
 
 MANIFEST = "streamx-files.json"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can hold
-MOST_FILES = 1_000_000
+MOST_FILES = 200_000
+DIRECTORY = 256 * MOST_FILES  # bytes of the archive's own directory, which zipfile reads as a whole
 PIECE = 1 << 20
 FORMAT = 1
 
@@ -149,6 +151,15 @@ def plan_extraction(members: Sequence[zipfile.ZipInfo], limit: int) -> dict[str,
     return found
 
 
+class _Capped(io.FileIO):
+    """A file of which no more is read at once than a directory may have."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > DIRECTORY:
+            raise ResourceError(f"its directory has {size:,} bytes, and {DIRECTORY:,} are allowed")
+        return super().read(size)
+
+
 def unpack(path: Path, folder: Path, limit: int) -> None:
     """Unpack a zip file into a new folder; nothing is written outside of it, nothing is run.
 
@@ -164,7 +175,7 @@ def unpack(path: Path, folder: Path, limit: int) -> None:
         If it needs more bytes than allowed, or than the disk has.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Capped(path) as stream, zipfile.ZipFile(stream) as archive:
             plan = plan_extraction(archive.infolist(), limit)
             listed = _listed(archive, plan.pop(MANIFEST, None), plan)
             _room_for(folder, sum(info.file_size for info in plan.values()))

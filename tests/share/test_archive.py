@@ -166,6 +166,14 @@ def test_too_many_files(monkeypatch: pytest.MonkeyPatch) -> None:
         plan_extraction([zipfile.ZipInfo(str(i)) for i in range(4)], LIMIT)
 
 
+def test_a_directory_that_would_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = archive_of(tmp_path / "a.zip", *((str(i), b"") for i in range(100)))
+    monkeypatch.setattr("streamx.share.archive.DIRECTORY", 4_000)
+    with pytest.raises(ResourceError, match="its directory has 4,790 bytes"):
+        unpack(path, tmp_path, LIMIT)
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = archive_of(tmp_path / "a.zip", ("file", bytes(1000)))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 1, 9))
