@@ -199,6 +199,8 @@ PROGRAMS = {
     "list in itself": b"]\x94h\x00a.",
     "deep": b"]" * 500 + b"a" * 499 + b".",
     "key as deep as the stack": b"\x80\x02}N" + b"\x85" * 2_000_000 + b"Ns.",
+    "key of 2^40 values": b"\x80\x02})" + b"\x32\x86" * 40 + b"Ns.",
+    "long key, often": b"\x80\x02}(" + b"N" * 20_000 + b"tq\x000" + b"(" + b"h\x00N" * 1_000 + b"u.",
     "cut short": pickle.dumps(PLAIN)[:-5],
     "empty": b"",
     "no pickle": b"gene,count\nCD3E,4\n",
