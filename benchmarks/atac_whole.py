@@ -2,11 +2,12 @@
 
     python benchmarks/atac_whole.py --cells 15000 60000 --folder /somewhere/large
 
-Simulated: 4 batches, about 1,000 open peaks per cell. `convert`, `preprocess --profile ATAC` (30,000 variable
-peaks), `train` (some hundred steps) and `project` (the same files as queries) run with ``--memory 1GB`` and
-one thread: seconds, and the peak of anonymous memory, 50 times a second. Then every command is run to another
-place, killed with SIGKILL after each of three shares of those seconds, and run until it ends: which files
-differ from those of the first run is in the line, one per size, in ``results/atac_whole.jsonl``.
+Simulated: 4 batches, about as many open peaks per cell as `--depth`. `convert`, `preprocess --profile ATAC`
+(30,000 variable peaks), `train` (some hundred steps) and `project` (the same files as queries) run with
+``--memory 1GB`` and one thread: seconds, and the peak of anonymous memory, 50 times a second. Then every
+command is run to another place, killed with SIGKILL after some shares of those seconds (`--shares`), and run
+until it ends: which files differ from those of the first run is in the line, one per size, in
+``results/atac_whole.jsonl``.
 """
 
 from __future__ import annotations
@@ -31,9 +32,8 @@ from preprocess import ONE_THREAD  # noqa: E402
 from provenance import commit, machine  # noqa: E402
 
 RESULTS = HERE / "results" / "atac_whole.jsonl"
-N_PEAKS, N_TOP, DEPTH, N_BATCHES = 479_127, 30_000, 1_000, 4
+N_TOP, N_BATCHES = 30_000, 4
 MEMORY = ["--memory", "1GB", "--threads", "1"]
-SHARES = (0.3, 0.6, 0.9)  # of a command's seconds, after which it is killed: each time from where it stood
 OUTPUTS = {"convert": "store", "preprocess": "view", "train": "model", "project": "mapped"}
 TIMED = ("history.csv",)  # seconds are in it
 
@@ -93,23 +93,25 @@ def differing(one: Path, other: Path) -> list[str]:
     return sorted(name for name in found.keys() | wanted.keys() if found.get(name) != wanted.get(name))
 
 
-def whole_way(folder: Path, n_cells: int, steps: int, variant: str) -> dict[str, Any]:
+def whole_way(folder: Path, n_cells: int, args: argparse.Namespace) -> dict[str, Any]:
     import streamx as sx
 
     if not (folder / "files").exists():
-        shape: dict[str, Any] = {"n_cells": n_cells, "n_genes": N_PEAKS, "n_batches": N_BATCHES}
+        shape: dict[str, Any] = {"n_cells": n_cells, "n_genes": args.peaks, "n_batches": N_BATCHES}
         writing = folder / "writing"
-        sx.simulate(writing, features="peaks", format="h5ad", depth=DEPTH, threads=1, memory="1GB", **shape)
+        sx.simulate(
+            writing, features="peaks", format="h5ad", depth=args.depth, threads=1, memory="1GB", **shape
+        )
         writing.rename(folder / "files")
     row: dict[str, Any] = {}
     for place in (folder, folder / "again"):
         for name in OUTPUTS.values():
             shutil.rmtree(place / name, ignore_errors=True)
             shutil.rmtree(place / f"{name}.journal", ignore_errors=True)
-    for verb, words in commands(folder, folder, steps, variant).items():
+    for verb, words in commands(folder, folder, args.steps, args.atac).items():
         row[verb] = run(verb, words)
-    for verb, words in commands(folder, folder / "again", steps, variant).items():
-        tries = [run(verb, words, share * row[verb]["wall_s"]) for share in SHARES]
+    for verb, words in commands(folder, folder / "again", args.steps, args.atac).items():
+        tries = [run(verb, words, share * row[verb]["wall_s"]) for share in args.shares]
         last = run(verb, words)
         name = OUTPUTS[verb]
         row[verb] |= {
@@ -126,7 +128,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cells", type=int, nargs="*", default=[15_000, 60_000])
+    parser.add_argument("--peaks", type=int, default=479_127)
+    parser.add_argument("--depth", type=int, default=1_000)
     parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--shares", type=float, nargs="*", default=[0.3, 0.6, 0.9], help="when to kill")
     parser.add_argument("--atac", default="1.0.4", help="which recipe")
     parser.add_argument("--folder", type=Path, help="where data stay for the next time (default: removed)")
     args = parser.parse_args()
@@ -134,9 +139,10 @@ def main() -> None:
         for n_cells in args.cells:
             folder = (args.folder or Path(temporary)) / str(n_cells)
             folder.mkdir(parents=True, exist_ok=True)
-            told = whole_way(folder, n_cells, args.steps, args.atac)
+            told = whole_way(folder, n_cells, args)
             about = {"commit": commit(), "machine": machine()}
-            row = {"n_cells": n_cells, "n_peaks": N_PEAKS, "steps": args.steps, "atac": args.atac} | about
+            row = {"n_cells": n_cells, "n_peaks": args.peaks, "depth": args.depth, "steps": args.steps}
+            row |= {"atac": args.atac} | about
             with open(RESULTS, "a") as file:
                 file.write(json.dumps(row | told) + "\n")
             print(json.dumps(row | told), flush=True)
