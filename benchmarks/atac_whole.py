@@ -38,16 +38,26 @@ OUTPUTS = {"convert": "store", "preprocess": "view", "train": "model", "project"
 TIMED = ("history.csv",)  # seconds are in it
 
 
-def commands(folder: Path, output: Path, steps: int, variant: str) -> dict[str, list[str]]:
-    """What is run, by the name of its verb; each reads what the one before wrote into `folder`."""
+def commands(folder: Path, steps: int, variant: str, again: str = "") -> dict[str, list[str]]:
+    """What is run, by the name of its verb; each reads what the first run of the one before wrote.
+
+    A second output lies beside the first: a view holds the way to its store.
+    """
     files = sorted(map(str, (folder / "files").glob("*.h5ad")))
     recipe = ["--profile", "ATAC", "--atac", variant, "--n-top-features", str(N_TOP)]
     training = ["--max-iteration", str(steps), "--checkpoint-seconds", "5"]
     return {
-        "convert": [*files, "-o", str(output / "store"), "--batch-key", "batch"],
-        "preprocess": [str(folder / "store"), "-o", str(output / "view"), *recipe],
-        "train": [str(folder / "view"), "-o", str(output / "model"), *training],
-        "project": [str(folder / "model"), *files, "-o", str(output / "mapped"), "--batch-key", "batch"],
+        "convert": [*files, "-o", str(folder / f"store{again}"), "--batch-key", "batch"],
+        "preprocess": [str(folder / "store"), "-o", str(folder / f"view{again}"), *recipe],
+        "train": [str(folder / "view"), "-o", str(folder / f"model{again}"), *training],
+        "project": [
+            str(folder / "model"),
+            *files,
+            "-o",
+            str(folder / f"mapped{again}"),
+            "--batch-key",
+            "batch",
+        ],
     }
 
 
@@ -103,13 +113,11 @@ def whole_way(folder: Path, n_cells: int, args: argparse.Namespace) -> Iterator[
             writing, features="peaks", format="h5ad", depth=args.depth, threads=1, memory="1GB", **shape
         )
         writing.rename(folder / "files")
-    again = folder / "again"
-    after = commands(folder, again, args.steps, args.atac)
-    for verb, words in commands(folder, folder, args.steps, args.atac).items():
-        name = OUTPUTS[verb]
-        for place in (folder, again):
-            shutil.rmtree(place / name, ignore_errors=True)
-            shutil.rmtree(place / f"{name}.journal", ignore_errors=True)
+    after = commands(folder, args.steps, args.atac, "-again")
+    for verb, words in commands(folder, args.steps, args.atac).items():
+        name, other = OUTPUTS[verb], f"{OUTPUTS[verb]}-again"
+        for place in (name, f"{name}.journal", other, f"{other}.journal"):
+            shutil.rmtree(folder / place, ignore_errors=True)
         first = run(verb, words)
         tries = [run(verb, after[verb], share * first["wall_s"]) for share in args.shares]
         tries.append(run(verb, after[verb]))
@@ -117,7 +125,7 @@ def whole_way(folder: Path, n_cells: int, args: argparse.Namespace) -> Iterator[
         row["cpu_s_with_kills"] = round(sum(one["cpu_s"] for one in tries), 2)
         row["peak_with_kills"] = max(one["peak_anonymous_bytes"] for one in tries)
         row["n_files"] = len(digests(folder / name))
-        yield row | {"differ": differing(folder / name, again / name)}
+        yield row | {"differ": differing(folder / name, folder / other)}
 
 
 def main() -> None:
