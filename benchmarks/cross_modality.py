@@ -32,6 +32,7 @@ from sets import data_dir  # noqa: E402
 
 import streamx as sx  # noqa: E402
 from streamx.metrics.foscttm import foscttm  # noqa: E402
+from streamx.transfer import directions  # noqa: E402
 
 RESULTS = HERE / "results" / "cross_modality.jsonl"
 METHODS = ("PCA", "CCA", "SCALEX", "streamx")
@@ -119,6 +120,10 @@ def run(
         models = args.work / "models" / key["source_crc"]
         out = out.with_name(f"{out.name}-{key['source_crc']}")
         script += ["--models", str(models), f"--norm={NORM}", "--also", DEFAULT]
+        if args.n_latent != 10:
+            key["n_latent"] = args.n_latent
+            script += [f"--n-latent={args.n_latent}"]
+            out = out.with_name(f"{out.name}-k{args.n_latent}")
     else:
         script = [args.peer_python, "-W", "ignore", str(HERE / "peers" / "scalex_peer.py")]
     ran = run_apart([*script, f"--max-iteration={steps}", *NO_FILTER], {"reference": path}, key, out)
@@ -133,16 +138,26 @@ def run(
 
 
 def scores(both: ad.AnnData) -> dict[str, Any]:
-    """Pairs, labels both ways, mixing."""
+    """Pairs, labels both ways, mixing; pairs and labels also of :func:`streamx.transfer.directions`."""
     is_rna = (both.obs["batch"] == "RNA").to_numpy()
     latent, label = np.asarray(both.obsm["latent"]), both.obs["cell_type"].to_numpy(str)
     rna, atac = latent[is_rna], latent[~is_rna]
     assert (both.obs_names[is_rna].str[4:] == both.obs_names[~is_rna].str[5:]).all()
+    assert (label[is_rna] == label[~is_rna]).all()
+    turned = directions(latent, both.obs["batch"])
+    return {
+        **pair_scores(rna, atac, label[is_rna]),
+        "mixing": mixing_scores(latent, both.obs["batch"].to_numpy(str), label),
+        "directions": pair_scores(turned[is_rna], turned[~is_rna], label[is_rna]),
+    }
+
+
+def pair_scores(rna: np.ndarray, atac: np.ndarray, label: np.ndarray) -> dict[str, Any]:
+    """How near a cell's two halves are, and labels both ways; row by row the same cells."""
     return {
         "foscttm": foscttm(rna, atac),
-        "rna_to_atac": label_scores(label[~is_rna], vote(rna, label[is_rna], atac)),
-        "atac_to_rna": label_scores(label[is_rna], vote(atac, label[~is_rna], rna)),
-        "mixing": mixing_scores(latent, both.obs["batch"].to_numpy(str), label),
+        "rna_to_atac": label_scores(label, vote(rna, label, atac)),
+        "atac_to_rna": label_scores(label, vote(atac, label, rna)),
     }
 
 
@@ -153,6 +168,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--max-iteration", type=int, default=30_000, help="of SCALEX and of streamx")
+    parser.add_argument("--n-latent", type=int, default=10, help="of streamx")
     parser.add_argument("--peer-python", default=sys.executable, help="python that has scalex 1.0.4")
     parser.add_argument("--work", type=Path, default=HERE.parent / "build" / "cross_modality")
     args = parser.parse_args()

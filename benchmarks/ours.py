@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--min-features", type=int, default=1)
     parser.add_argument("--min-cells", type=int, default=3)
     parser.add_argument("--norm", default="matched", help="statistics of the encoder's batch norm")
+    parser.add_argument("--n-latent", type=int, default=10)
     parser.add_argument("--also", nargs="*", default=[], help="norms by which the same weights map it too")
     parser.add_argument("--models", required=True, help="folder of store, view and models of this data set")
     parser.add_argument("--out", required=True)
@@ -71,6 +72,7 @@ def main() -> None:
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
     kind = "" if args.norm == "matched" else f"-{args.norm}"
+    kind += "" if args.n_latent == 10 else f"-k{args.n_latent}"
     model = folder / f"model-{args.seed}-i{args.max_iteration}{kind}"
     times: dict[str, Any] = {}
 
@@ -84,6 +86,7 @@ def main() -> None:
         seed=args.seed,
         max_iteration=args.max_iteration,
         norm=args.norm,
+        n_latent=args.n_latent,
         device="cpu",
         threads=1,
         progress=False,

@@ -58,7 +58,7 @@ def _verify_model(location: Location) -> dict[str, Any]:
     try:
         assert np.ndim(read_reference(location).latent_nk) == 2  # every chunk is read
         found["reference.zarr"] = None
-    except (StreamxError, OSError, ValueError) as error:
+    except (StreamxError, OSError, ValueError, AttributeError, RecursionError) as error:  # of any JSON
         found["reference.zarr"] = str(getattr(error, "what", error))
     errors = [{"object": key, "error": error} for key, error in found.items() if error]
     return {"ok": not errors, "objects": len(found), "errors": errors}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -26,6 +27,7 @@ class Fault:
     status: int = 0
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None  # bytes of the body after which the connection ends
+    endless: bool = False  # zeros until the client hangs up (but for 64 MB: a disk is no place to fail)
     body: dict[str, Any] | None = None
     times: int = 1
 
@@ -101,6 +103,8 @@ class Handler(BaseHTTPRequestHandler):
         for fault in zenodo.faults:
             if fault.times > 0 and fault.method == self.command and re.search(fault.path, path):
                 fault.times -= 1
+                if fault.endless:
+                    return self._endless()
                 if fault.cut is None:
                     return self._json(fault.status, fault.body, fault.headers)
                 return self._file(zenodo, path, fault.cut)
@@ -161,6 +165,15 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[start:] if cut is None else data[start : start + cut])
         if cut is not None:
             self.close_connection = True
+
+    def _endless(self) -> None:
+        self.send_response(200)
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.close_connection = True
+        with contextlib.suppress(OSError):
+            for _ in range(64):
+                self.wfile.write(bytes(1 << 20))
 
     def _json(self, status: int, value: Any, headers: dict[str, str] | None = None) -> None:
         data = b"" if value is None else json.dumps(value).encode()

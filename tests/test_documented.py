@@ -1,7 +1,7 @@
 """What SCALEX's and scArches' documentation list is here: the tables of examples/README.md, row by row.
 
-Every row names what provides it, which must exist, and tests, which must exist; rows without a test of their
-own elsewhere have it here, under their id.
+Every row names what provides it, which must exist, and tests, which must exist, one of them with the row's id
+in its name; rows without a test of their own elsewhere have it here.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ def test_what_provides_a_row_exists(id: str, documented: str, here: str, test: s
             assert name.split()[1] in verbs
         else:
             assert callable(resolve(name)), name
-    for path, function in (name.split("::") for name in test.split("`, `")):
+    tests = [name.split("::") for name in test.split("`, `")]
+    assert any(f"_{id.lower()}_" in function for _, function in tests)
+    for path, function in tests:
         tree = ast.parse((ROOT / path).read_text())
         assert function in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
 
@@ -98,6 +100,34 @@ METHODS = {
     "SA19 ": ("TRVAE_EVAL.__init__", "model adata trainer condition_key cell_type_key"),
 }  # fmt: skip
 
+# SCALEX's functions, as documented: all arguments, in order; what is ours beside them goes by name alone
+FUNCTIONS = {
+    "label_transfer": "ref query rep label",
+    "load_data": "data_list batch_categories profile join batch_key batch_name min_features min_cells "
+                 "target_sum n_top_features backed batch_size chunk_size fraction n_obs processed log "
+                 "num_workers use_layer",
+    "concat_data": "data_list batch_categories join batch_key index_unique save",
+    "load_files": "root",
+    "load_file": "path backed",
+    "read_mtx": "path",
+    "preprocessing": "adata profile min_features min_cells target_sum n_top_features backed chunk_size log",
+    "preprocessing_rna": "adata min_features min_cells target_sum n_top_features chunk_size backed log",
+    "preprocessing_atac": "adata min_features min_cells target_sum n_top_features chunk_size backed log",
+    "batch_scale": "adata chunk_size",
+    "reindex": "adata genes chunk_size",
+    "BatchSampler": "batch_size batch_id drop_last",
+    "onehot": "y n",
+    "embedding": "adata color color_map groupby groups cond2 v2 save legend_loc legend_fontsize "
+                 "legend_fontweight sep basis size show",
+    "plot_meta": "adata use_rep color batch colors cmap vmax vmin mask annot save fontsize",
+    "plot_meta2": "adata use_rep color batch color_map figsize cmap batches annot save cbar keep "
+                  "fontsize vmin vmax",
+    "plot_confusion": "y y_pred save cmap",
+    "batch_entropy_mixing_score": "data batches n_neighbors n_pools n_samples_per_pool",
+    "silhouette_score": "X labels",
+    "create_logger": "name ch fh levelname overwrite",
+}  # fmt: skip
+
 
 @pytest.mark.parametrize("id", METHODS)
 def test_documented_arguments(id: str) -> None:
@@ -106,6 +136,12 @@ def test_documented_arguments(id: str) -> None:
     parameters = list(inspect.signature(getattr(getattr(sx, cls), method)).parameters)
     places = [parameters.index(name) for name in METHODS[id][1].split()]
     assert places == sorted(places)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_arguments_of_scalex(name: str) -> None:
+    parameters = inspect.signature(getattr(sx.scalex, name)).parameters.values()
+    assert [p.name for p in parameters if p.kind is not p.KEYWORD_ONLY] == FUNCTIONS[name].split()
 
 
 # -- SCALEX --------------------------------------------------------------------------------------------
@@ -226,8 +262,16 @@ def test_sx24_silhouette_score() -> None:
     from sklearn.metrics import silhouette_score
 
     rng = np.random.default_rng(0)
-    x_nk, labels = rng.normal(size=(120, 5)), rng.choice(["a", "b", "c"], 120)
-    assert sx.scalex.silhouette_score(x_nk, labels) == pytest.approx(silhouette_score(x_nk, labels), abs=1e-6)
+    x_nk, labels = rng.normal(size=(120, 5)), rng.choice(["a", "b", "c"], 120).astype("<U7")
+    labels[:9] = "Unknown"  # a label as any other
+    want = silhouette_score(x_nk, labels)
+    found = sx.scalex.silhouette_score(x_nk, labels, metric="euclidean", sample_size=None, random_state=None)
+    assert found == pytest.approx(want, abs=1e-6)
+    some = [sx.scalex.silhouette_score(x_nk, labels, sample_size=60, random_state=s) for s in range(20)]
+    assert np.mean(some) == pytest.approx(want, abs=0.02)
+    assert len(set(some)) > 10
+    with pytest.raises(UsageError, match="metric 'cosine'"):
+        sx.scalex.silhouette_score(x_nk, labels, metric="cosine")
 
 
 def test_sx26_command_line() -> None:

@@ -203,7 +203,9 @@ def test_gene_order_and_foreign_genes_change_nothing(
     )
 
 
-def test_missing_genes_are_zero_and_reported(model: Model, cells: anndata.AnnData, tmp_path: Path) -> None:
+def test_sa24_missing_genes_are_zero_and_reported(
+    model: Model, cells: anndata.AnnData, tmp_path: Path
+) -> None:
     without = cells.copy()
     x = without.X.toarray()
     x[:, 30:40] = 0

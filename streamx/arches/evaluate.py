@@ -182,6 +182,8 @@ class SCVI_EVAL:
     def get_knn_purity(self, n_neighbors: int = 50, verbose: bool = True) -> float:
         """Share of the neighbours that are of a cell's own type; mean per type, then over types."""
         label = self._codes("cell_type")
+        if not label.names:
+            raise UsageError("no cell has a cell type", fix="cell_type_key=..., a column with labels")
         codes_n, z_nk = label.codes_n[label.known_n], np.asarray(self._latent.X)[label.known_n]
         found = nearest(z_nk, n_neighbors=n_neighbors, seed=self.seed)
         same_n = (codes_n[found.indices_nm] == codes_n[:, None]).mean(axis=1)

@@ -60,6 +60,7 @@ def describe_model(location: Location) -> Result:
             "data": card.get("data", {}),  # models made before there was this part have none
             "surgery": [{"name": entry["name"]} | entry["report"] for entry in card.get("surgery", [])],
             "settings": card.get("settings", {}),
+            "metrics": card.get("metrics", {}),
             "network": card["network"],
             "versions": card["versions"],
             "files": card["files"],

@@ -170,7 +170,10 @@ class PublishConfig:
 class FetchConfig:
     sandbox: bool = option(PublishConfig.sandbox, "the DOI or number is of Zenodo's sandbox")
     file: str | None = option(None, "the record's file that holds the model (default: its only archive)")
-    limit: str = option("50GB", "bytes that the unpacked model may have")
+    checksum: str | None = option(
+        None, "that the archive must have: md5:... or sha256:... (default: the one that Zenodo says)"
+    )
+    limit: str = option("50GB", "bytes that the archive may have, and the unpacked model")
     token_file: str | None = option(
         None, "file that holds the access token, for records that are not open (default: the environment's)"
     )

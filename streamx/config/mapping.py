@@ -96,6 +96,9 @@ class MetricsConfig:
     resolution: str = option(
         "best", "Leiden resolution for NMI and ARI, or best: of 0.1, 0.2, ..., 2.0 the one with the best NMI"
     )
+    card: bool = option(
+        False, "keep the reference's scores in the model's card, which `info` shows and `publish` takes along"
+    )
     seed: int = option(0, "seed of all sampling", least=0)
     threads: int = option(0, "threads (0: one per core)", least=0)
 

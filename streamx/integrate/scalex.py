@@ -27,7 +27,8 @@ from streamx.integrate.data import (
     reindex,
 )
 from streamx.integrate.files import concat_data, load_file, load_files, read_mtx
-from streamx.metrics import batch_entropy_mixing_score, silhouette_score
+from streamx.metrics import batch_entropy_mixing_score
+from streamx.metrics import silhouette_score as mean_silhouette
 from streamx.plots import confusion as plot_confusion
 from streamx.plots import embedding
 from streamx.plots import meta as plot_meta
@@ -88,6 +89,33 @@ def onehot(y: Any, n: int) -> np.ndarray | None:
     if len(codes_n) and not 0 <= codes_n.min() <= codes_n.max() < n:
         raise UsageError(f"codes up to {codes_n.max()}, and {n} levels", fix="a larger n")
     return np.eye(n, dtype=np.float32)[codes_n]
+
+
+def silhouette_score(
+    X: Any,
+    labels: Any,
+    *,
+    metric: str = "euclidean",
+    sample_size: int | None = None,
+    random_state: int | None = None,
+) -> float:
+    """Mean silhouette, as sklearn's, whose arguments it has; every label counts, also ``Unknown``.
+
+    Parameters
+    ----------
+    sample_size
+        Score so many cells, drawn by `random_state` (None: 0): against *all* cells, unlike sklearn's.
+
+    Raises
+    ------
+    UsageError
+        For another metric; if there are not 2 to n - 1 labels.
+    """
+    if metric != "euclidean":
+        raise UsageError(f"metric {metric!r}", fix="euclidean, or sklearn.metrics.silhouette_score")
+    return mean_silhouette(
+        np.asarray(X), labels, sample_size=sample_size, seed=random_state or 0, unlabeled=()
+    )
 
 
 def create_logger(

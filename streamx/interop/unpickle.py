@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import pickle
-import pickletools
 import re
 import zipfile
 from collections.abc import Callable
@@ -23,9 +22,7 @@ import torch
 from torch import Tensor
 
 from streamx.errors import BadFileError
-
-_LARGEST = 1 << 28  # bytes of a pickle without its tensors: millions of names
-_DEEPEST = 64  # levels of nesting
+from streamx.interop.program import DEEPEST, LARGEST, Refused, bounded
 
 _STORAGES = {
     "FloatStorage": torch.float32,
@@ -40,10 +37,6 @@ _STORAGES = {
     "BoolStorage": torch.bool,
 }
 _PLAIN_DTYPE = re.compile(r"[biufc]\d+|U\d+|S\d+|O8?|\?")
-
-
-class Refused(Exception):
-    """A name or an operation that no file of ours needs."""
 
 
 class Opaque:
@@ -72,7 +65,7 @@ def read_pickle(path: Path) -> Any:
     BadFileError
         If it is absent, damaged, too large, or names anything that is not on the list.
     """
-    return _guarded(path, lambda: _value(_bounded(path.read_bytes()), _no_storage))
+    return _guarded(path, lambda: _value(bounded(path.read_bytes()), _no_storage))
 
 
 def read_torch(path: Path) -> Any:
@@ -130,9 +123,9 @@ class _Storages:
 
     def program(self) -> bytes:
         info = self._entries[f"{self._root}data.pkl"]
-        if info.file_size > _LARGEST:
+        if info.file_size > LARGEST:
             raise ValueError(f"{info.file_size:,} bytes of settings")
-        return _bounded(self._archive.read(info))
+        return bounded(self._archive.read(info))
 
     def read(self, key: str, dtype: torch.dtype, n: int) -> Tensor:
         if key not in self._found:
@@ -158,18 +151,6 @@ class _Storages:
 
 def _no_storage(key: str, dtype: torch.dtype, n: int) -> Tensor:
     raise Refused("tensors in a plain pickle")
-
-
-def _bounded(program: bytes) -> bytes:
-    """The same bytes, if they do nothing that find_class and the nodes can't stop."""
-    if len(program) > _LARGEST:
-        raise ValueError(f"{len(program):,} bytes")
-    for op, argument, _ in pickletools.genops(program):
-        if op.name.startswith("EXT"):
-            raise Refused("an extension code")  # may be answered from a cache, without asking find_class
-        if op.name in ("PUT", "BINPUT", "LONG_BINPUT") and (argument or 0) > len(program):
-            raise ValueError(f"memo number {argument:,}")  # allocates a table of that length
-    return program
 
 
 class _Node:
@@ -278,8 +259,8 @@ class _Values:
         self._known: dict[int, Any] = {}
 
     def of(self, value: Any, depth: int) -> Any:
-        if depth > _DEEPEST:
-            raise ValueError(f"nested more than {_DEEPEST} times")
+        if depth > DEEPEST:
+            raise ValueError(f"nested more than {DEEPEST} times")
         if value is None or isinstance(value, (bool, int, float, complex, str, bytes)):
             return value
         if isinstance(value, type):  # a name that is not called, such as the list of defaultdict(list)

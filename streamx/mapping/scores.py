@@ -23,7 +23,7 @@ from streamx.mapping.cells import (
 )
 from streamx.metrics import score_latent
 from streamx.neighbors.blocks import Stacked, settle
-from streamx.store.location import Location
+from streamx.store.location import Location, open_location
 
 
 def metrics(
@@ -61,6 +61,8 @@ def metrics(
         raise UsageError(
             "truth_key scores the predictions for mapped cells", fix="name OUT and the label key as well"
         )
+    if config.card and (output is not None or isinstance(model, Cells)):
+        raise UsageError("a card holds the scores of the reference alone", fix="leave OUT out, or card=True")
     reference = model if isinstance(model, Cells) else read_reference(model)
     if isinstance(output, Cells):
         queries = [output]
@@ -84,6 +86,11 @@ def metrics(
         threads=config.threads,
         progress="metrics",
     ).to_json()
+    if config.card and not isinstance(model, Cells):
+        from streamx.train.card import add_scores  # which loads torch
+
+        asked = {name: getattr(config, name) for name in ("label_key", "batch_key", "max_cells", "seed")}
+        add_scores(open_location(model), found, asked)
     if config.truth_key is not None:
         found |= _score_queries(queries, f"{config.label_key}_pred", config.truth_key, config.unlabeled)
     return found

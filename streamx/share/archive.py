@@ -7,6 +7,7 @@ Last comes ``streamx-files.json``: size and SHA-256 of every file.
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -24,7 +25,8 @@ from streamx.store.manifest import dump
 
 MANIFEST = "streamx-files.json"
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the earliest time that a zip file can hold
-MOST_FILES = 1_000_000
+MOST_FILES = 200_000
+DIRECTORY = 256 * MOST_FILES  # bytes of the archive's own directory, which zipfile reads as a whole
 PIECE = 1 << 20
 FORMAT = 1
 
@@ -87,7 +89,8 @@ def safe_name(name: str) -> str | None:
     Raises
     ------
     BadFileError
-        If it leads elsewhere, on any system: absolute, with ``..``, a drive, a backslash, control characters.
+        If it leads elsewhere, on any system: absolute, with ``..``, a drive, a backslash, control characters;
+        or is longer than disks take.
     """
     path = PurePosixPath(name)
     bad = (
@@ -98,6 +101,7 @@ def safe_name(name: str) -> str | None:
         or re.match(r"[A-Za-z]:", name)
         or any(unicodedata.category(letter) == "Cc" for letter in name)
         or len(name.encode()) > 4096
+        or any(len(part.encode()) > 255 for part in path.parts)  # longer than disks take
     )
     if bad:
         raise BadFileError(f"a file in it is called {name[:200]!r}, which leads out of the folder")
@@ -147,6 +151,15 @@ def plan_extraction(members: Sequence[zipfile.ZipInfo], limit: int) -> dict[str,
     return found
 
 
+class _Capped(io.FileIO):
+    """A file of which no more is read at once than a directory may have."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > DIRECTORY:
+            raise ResourceError(f"its directory has {size:,} bytes, and {DIRECTORY:,} are allowed")
+        return super().read(size)
+
+
 def unpack(path: Path, folder: Path, limit: int) -> None:
     """Unpack a zip file into a new folder; nothing is written outside of it, nothing is run.
 
@@ -162,9 +175,9 @@ def unpack(path: Path, folder: Path, limit: int) -> None:
         If it needs more bytes than allowed, or than the disk has.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _Capped(path) as stream, zipfile.ZipFile(stream) as archive:
             plan = plan_extraction(archive.infolist(), limit)
-            listed = _listed(archive, plan.pop(MANIFEST, None))
+            listed = _listed(archive, plan.pop(MANIFEST, None), plan)
             _room_for(folder, sum(info.file_size for info in plan.values()))
             left = limit
             for name, info in plan.items():
@@ -180,14 +193,19 @@ def unpack(path: Path, folder: Path, limit: int) -> None:
         raise BadFileError(error.what, where=str(path), fix="don't use it; ask who made it") from None
 
 
-def _listed(archive: zipfile.ZipFile, info: zipfile.ZipInfo | None) -> dict[str, list[Any]] | None:
+def _listed(
+    archive: zipfile.ZipFile, info: zipfile.ZipInfo | None, plan: dict[str, zipfile.ZipInfo]
+) -> dict[str, list[Any]] | None:
     """The archive's own list of files; None if it has none (another tool made it)."""
     if info is None:
         return None
+    longest = 4096 + sum(12 * len(name) + 256 for name in plan)  # JSON takes at most 12 bytes a character
+    if info.file_size > longest:
+        raise ValueError(f"its list of {len(plan):,} files has {info.file_size:,} bytes")
     with archive.open(info) as stream:
         try:
-            return dict(json.loads(stream.read(MOST_FILES * 512))["files"])
-        except (KeyError, TypeError) as error:
+            return dict(json.loads(stream.read())["files"])
+        except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"its list of files can't be read: {error}") from None
 
 
@@ -211,6 +229,8 @@ def _extract(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path, left
                     raise ResourceError(f"{info.filename!r} is larger than it says", fix="don't use it")
                 digest.update(data)
                 out.write(data)
+    except (FileExistsError, NotADirectoryError) as error:  # capitals or accents tell them apart elsewhere
+        raise BadFileError(f"{info.filename!r} and another name in it are one name on this disk") from error
     except OSError as error:
         raise storage_error(error, str(target)) from error
     return size, digest.hexdigest()

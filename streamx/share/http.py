@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
@@ -16,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, quote, urlsplit
 
 import streamx
 from streamx.errors import BadFileError, InputError, StorageError, StreamxError, UsageError
@@ -24,6 +25,7 @@ from streamx.threads import pause
 
 RETRIED = (429, 500, 502, 503, 504)
 LONGEST_MESSAGE = 1 << 16  # bytes of an error's body that are looked at
+LONGEST_ANSWER = 1 << 26  # bytes of JSON that are read
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0  # seconds
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 OPEN_ERRORS = (OSError, http.client.HTTPException)  # HTTPError, URLError and timeouts are OSErrors
@@ -80,6 +82,30 @@ def origin(url: str) -> tuple[str, str | None, int | None]:
     return parts.scheme, parts.hostname, parts.port or {"https": 443, "http": 80}.get(parts.scheme)
 
 
+def split(url: Any) -> SplitResult:
+    """The parts of an address that may be asked: of the web, in the characters that travel.
+
+    Raises
+    ------
+    UsageError
+        If it is none, or holds a user or password, which would end in logs.
+    """
+    try:
+        parts = urlsplit(url)
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except (ValueError, TypeError, AttributeError):
+        known = False
+    if not known:
+        text = str(url).partition("?")[0][:200]
+        raise UsageError("is no address", where=text.rpartition("@")[2], fix="https://...")
+    if "@" in parts.netloc:
+        raise UsageError(
+            "the address holds a user", where=parts.hostname, fix="leave it out; tokens come from a file"
+        )
+    kept = "%/:?#[]@!$&'()*+,;=~"  # quoted already, or with a meaning
+    return parts._replace(path=quote(parts.path, kept), query=quote(parts.query, kept))
+
+
 class _Redirects(urllib.request.HTTPRedirectHandler):
     """Follows what only reads; the token stays with its host, and nothing goes from https to http."""
 
@@ -132,7 +158,12 @@ def send(
     StorageError
         If it can't be reached, or keeps failing.
     """
-    url = url if "://" in url else service.url + url
+    parts = split(service.url + url if isinstance(url, str) and url.startswith("/") else url)
+    url = parts.geturl()
+    if parts.scheme == "http" and service.url.startswith("https:"):
+        raise BadFileError(
+            "leads from https to http, where anyone may change it", where=redacted(url, service)
+        )
     named = dict(headers or {}) | {"User-Agent": f"streamx/{streamx.__version__}"}
     if service.token is not None and origin(url) == origin(service.url):
         if origin(url)[0] != "https" and origin(url)[1] not in LOOPBACK:
@@ -154,7 +185,7 @@ def _opened(
         request = urllib.request.Request(url, data, dict(headers), method=method)
         try:
             return _opener.open(request, timeout=service.timeout)
-        except OPEN_ERRORS as error:
+        except (*OPEN_ERRORS, ValueError) as error:  # a redirect may lead to what is no address
             again = _may_pass(error, method)
             asked = _asked_pause(error)
             failure = _named(error, service, method, url)
@@ -171,7 +202,9 @@ def _may_pass(error: Exception, method: str) -> bool:
     """Whether repeating can help. A POST that may have been done must not be done twice."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code == 429 or (error.code in RETRIED and method != "POST")
-    return method != "POST"
+    reason = getattr(error, "reason", error)
+    lasts = isinstance(reason, (ValueError, http.client.InvalidURL, ssl.SSLCertVerificationError))
+    return method != "POST" and not lasts
 
 
 def _asked_pause(error: Exception) -> float:
@@ -252,9 +285,13 @@ def parsed(response: http.client.HTTPResponse, service: Service, where: str) -> 
         If the connection breaks.
     """
     try:
-        data = response.read()
+        data = response.read(LONGEST_ANSWER)
+        if response.length:  # what is still to come
+            if len(data) == LONGEST_ANSWER:
+                raise InputError(f"answered more than {LONGEST_ANSWER:,} bytes", where=where)
+            raise http.client.IncompleteRead(data, response.length)
         return json.loads(data) if data.strip() else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError("answered something that is no JSON", where=where) from error
     except OPEN_ERRORS as error:
         raise StorageError(redacted(f"the answer broke off: {error}", service), where=where) from None

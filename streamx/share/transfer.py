@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from tqdm.auto import tqdm
 
-from streamx.errors import IntegrityError, StorageError
+from streamx.errors import IntegrityError, ResourceError, StorageError
 from streamx.share.http import FIRST_PAUSE, LONGEST_PAUSE, OPEN_ERRORS, Service, parsed, redacted, send
 from streamx.store.location import storage_error
 from streamx.threads import pause
@@ -96,6 +96,7 @@ def get_file(
     *,
     size: int | None = None,
     checksum: str | None = None,
+    limit: int | None = None,
     progress: bool = True,
 ) -> dict[str, str]:
     """GET a file, a MiB at a time, into ``<path>.part``, which takes the place of `path` when it is right.
@@ -108,6 +109,8 @@ def get_file(
     size, checksum
         What the service says of it: bytes; ``md5:...`` (or ``sha256:...``). A server's own ETag of that
         form counts too.
+    limit
+        Bytes that it may have; a server that sends on and on is not listened to for longer.
 
     Returns
     -------
@@ -117,20 +120,25 @@ def get_file(
     ------
     IntegrityError
         If the bytes are not those that the service describes.
+    ResourceError
+        If they are more than allowed.
     StorageError
         If the connection keeps breaking, or the disk is full.
     """
+    if limit is not None and size is not None and size > limit:
+        raise _too_large(size, limit, redacted(url, service))
+    most = (size, limit)
     part = path.with_name(path.name + ".part")
     had = part.stat().st_size if part.exists() else 0
     if had and (checksum is None or (size is not None and had > size)):
         part.unlink()
         had = 0
-    headers = _fill(service, url, part, size, progress)
+    headers = _fill(service, url, part, most, progress)
     checksum = checksum or _etag_checksum(headers)
     wrong = _difference(part, size, checksum)
     if wrong and had:  # the part was of something else: once more from the start
         part.unlink()
-        headers = _fill(service, url, part, size, progress)
+        headers = _fill(service, url, part, most, progress)
         wrong = _difference(part, size, checksum)
     if wrong:
         part.unlink()
@@ -139,16 +147,26 @@ def get_file(
     return headers
 
 
-def _fill(service: Service, url: str, part: Path, size: int | None, progress: bool) -> dict[str, str]:
+Most = tuple[int | None, int | None]  # bytes that were announced, and that are allowed
+
+
+def _too_large(size: int, limit: int, where: str) -> ResourceError:
+    return ResourceError(
+        f"{size:,} bytes or more, and {limit:,} are allowed",
+        where=where,
+        fix="a larger --limit, if you trust it",
+    )
+
+
+def _fill(service: Service, url: str, part: Path, most: Most, progress: bool) -> dict[str, str]:
     """Bytes into the part until it is whole; taken up where a connection broke."""
     wait, spent = FIRST_PAUSE, 0.0
-    name = part.name.removesuffix(".part")
     while True:
         had = part.stat().st_size if part.exists() else 0
-        if had and had == size:
+        if had and had == most[0]:
             return {}
         try:
-            return _append(service, url, part, had, name, progress)
+            return _append(service, url, part, had, most, progress)
         except OPEN_ERRORS as error:
             of_the_wire = (ConnectionError, TimeoutError, ssl.SSLError)
             if isinstance(error, OSError) and error.errno and not isinstance(error, of_the_wire):
@@ -164,7 +182,9 @@ def _fill(service: Service, url: str, part: Path, size: int | None, progress: bo
             wait, spent = min(2 * wait, LONGEST_PAUSE), spent + wait
 
 
-def _append(service: Service, url: str, part: Path, had: int, name: str, progress: bool) -> dict[str, str]:
+def _append(service: Service, url: str, part: Path, had: int, most: Most, progress: bool) -> dict[str, str]:
+    size, limit = most
+    name = part.name.removesuffix(".part")
     headers = {"Range": f"bytes={had}-"} if had else {}
     with send(service, "GET", url, headers=headers) as response:
         begins = re.match(rf"bytes {had}-", response.headers.get("Content-Range", ""))
@@ -174,11 +194,17 @@ def _append(service: Service, url: str, part: Path, had: int, name: str, progres
         length = response.headers.get("Content-Length")
         start = had if resumed else 0
         total = None if length is None else start + int(length)
+        if limit is not None and (total or 0) > limit:
+            raise _too_large(total or 0, limit, redacted(url, service))
         with part.open("ab" if resumed else "wb") as out, _bar(f"download {name}", total, progress) as bar:
             bar.update(start)
             while data := response.read(PIECE):
                 out.write(data)
                 bar.update(len(data))
+                if size is not None and out.tell() > size:
+                    return {}  # more than was announced: wrong, however it goes on
+                if limit is not None and out.tell() > limit:
+                    raise _too_large(out.tell(), limit, redacted(url, service))
             if total is not None and out.tell() != total:
                 raise ConnectionError(f"{out.tell():,} of {total:,} bytes")
         return dict(response.headers.items())

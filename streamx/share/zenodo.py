@@ -18,7 +18,7 @@ from urllib.parse import quote, urlsplit
 
 from streamx.errors import BadFileError, StorageError, UsageError
 from streamx.share.archive import pack, unpack
-from streamx.share.http import Service, ask, read_token
+from streamx.share.http import Service, ask, read_token, split
 from streamx.share.transfer import get_file, md5_of, put_file
 from streamx.store.location import open_location
 
@@ -121,6 +121,8 @@ def upload_file(
     ------
     IntegrityError
         If the service got other bytes than were sent.
+    UsageError
+        If the deposition is published already.
     """
     service = service_of(access_token, base_url)
     return put_into(service, deposition_id, Path(file_path), progress=progress)
@@ -211,6 +213,8 @@ def download_model(
     ------
     BadFileError
         If it is no zip file, or one that would write elsewhere.
+    ResourceError
+        If it has more bytes than `limit`, packed or unpacked.
     """
     target = Path(save_path).expanduser()
     if make_dir:
@@ -220,7 +224,7 @@ def download_model(
     with tempfile.TemporaryDirectory(prefix=".streamx-", dir=target) as scratch:
         archive, folder = Path(scratch) / "downloaded_model.zip", Path(scratch) / "files"
         folder.mkdir()
-        get_file(Service(_host(download_link)), download_link, archive, progress=progress)
+        get_file(Service(_host(download_link)), download_link, archive, limit=limit, progress=progress)
         unpack(archive, folder, limit)
         there = [path.name for path in folder.iterdir() if (target / path.name).exists()]
         if there:
@@ -256,13 +260,15 @@ def put_into(service: Service, deposition_id: str, path: Path, *, progress: bool
     there = sizes.get(path.name)
     if there is not None and str(there.get("checksum")).removeprefix("md5:") == md5_of(path)[4:]:
         return link
+    if entry.get("submitted"):
+        raise UsageError(
+            "is published, and takes no more files",
+            where=f"deposition {deposition_id}",
+            fix="create_deposition makes a new one",
+        )
     bucket = (entry.get("links") or {}).get("bucket")
     if bucket is None:
-        raise StorageError(
-            "the service names no place for its files",
-            where=f"deposition {deposition_id}",
-            fix="is it published already? Then make a new one",
-        )
+        raise StorageError("the service names no place for its files", where=f"deposition {deposition_id}")
     put_file(service, path, f"{bucket}/{quote(path.name)}", progress=progress)
     return link
 
@@ -279,7 +285,5 @@ def _deposition(number: str) -> str:
 
 
 def _host(link: str) -> str:
-    parts = urlsplit(link)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UsageError("is no address", where=link.partition("?")[0], fix="give https://...")
+    parts = split(link)
     return f"{parts.scheme}://{parts.netloc}"

@@ -237,7 +237,7 @@ def follow(start: Location, relation: str) -> Location:
 
 def check_key(key: str, where: str) -> str:
     """The key, if it does not lead out of the location (R35)."""
-    if key.startswith(("/", "\\")) or ".." in PurePosixPath(key).parts:
+    if key.startswith(("/", "\\")) or ".." in PurePosixPath(key).parts or "\0" in key:
         raise StorageError(f"object name {key!r} leaves the store", where=where)
     return key
 

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from streamx.errors import UsageError
 from streamx.store.collection import Collection
 from streamx.store.location import Location
 from streamx.store.manifest import dump
-from streamx.train.model import CARD, seal
+from streamx.train.model import CARD, read_card, seal
 
 README = "README.md"
 MOST_ROWS = 200  # of a table: the rest is in model.json
@@ -68,6 +69,43 @@ def write_card(location: Location, card: dict[str, Any]) -> None:
     location.write(CARD, seal(card))
 
 
+def add_scores(location: Location, scores: Mapping[str, Any], of: Mapping[str, Any]) -> None:
+    """Metrics of the reference's latents into both cards; they show until surgery adds cells.
+
+    Parameters
+    ----------
+    scores
+        As :meth:`streamx.metrics.Scores.to_json` gives them.
+    of
+        By which settings.
+
+    Raises
+    ------
+    UsageError
+        If the model has no card of ours.
+    """
+    card = read_card(location)
+    if card is None:
+        raise UsageError("has no card: another tool wrote it", where=str(location), fix="without --card")
+    details = scores["details"]
+    values = {name: {"value": scores[name]} | dict(details[name]) for name in details}
+    here = {"id": card["id"], "added": card.get("added", [])}
+    write_card(location, card | {"metrics": {"model": here, "settings": dict(of), "values": values}})
+
+
+def _scores(card: Mapping[str, Any]) -> dict[str, str]:
+    """The metrics, with their intervals, if they are of the model as it is now."""
+    found = card.get("metrics") or {}
+    if found.get("model") != {"id": card["id"], "added": card.get("added", [])}:
+        return {}
+    known = {name: of for name, of in found["values"].items() if of["value"] is not None}
+    texts = {name: f"{of['value']:.4f}" for name, of in known.items()}
+    for name, of in known.items():
+        if of.get("ci95"):
+            texts[name] += " (sampled: {:.4f} to {:.4f})".format(*of["ci95"])
+    return {name: value for name, value in found["settings"].items() if value is not None} | texts
+
+
 def escaped(value: Any) -> str:
     """Any text as Markdown that shows it, on one line."""
     text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+", " ", str(value)).strip()
@@ -89,6 +127,7 @@ def render(card: Mapping[str, Any]) -> str:
     if card.get("surgery"):
         lines += _added(card["surgery"])
     lines += _section("Training", training)
+    lines += _section("Metrics of the reference's latents", _scores(card))
     settings = card.get("settings") or {}
     lines += _section("Settings of the training", _flat(settings.get("train", {})))
     lines += _section("Network", _flat(card.get("network", {})))

@@ -148,13 +148,23 @@ def read_card(location: Location) -> dict[str, Any] | None:
     try:
         card = json.loads(location.read(CARD))
         seal = card.pop("seal")
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise IntegrityError("is no model card", where=where, fix="restore it from a copy") from None
     if hashlib.sha256(dump(card)).hexdigest() != seal:
         raise IntegrityError("was changed after it was written", where=where, fix="restore it from a copy")
+    if not _is_card(card):  # with a seal of its own, from somebody who means ill
+        raise IntegrityError("is no model card", where=where, fix="don't use it; ask who made it")
     if card["format"] > FORMAT:
         raise BadFileError(f"model of format {card['format']}", where=where, fix="update streamx")
     return card
+
+
+def _is_card(card: dict[str, Any]) -> bool:
+    """Whether it has what every card has, in the shape that is read."""
+    kinds = {"format": int, "model": str, "id": str, "files": dict}
+    return all(isinstance(card.get(name), kind) for name, kind in kinds.items()) and all(
+        isinstance(of, list) and len(of) == 2 for of in card["files"].values()
+    )
 
 
 def load_model(path: str | Path | Location) -> Model:

@@ -6,6 +6,7 @@ levels, each chosen within the coarser one; with thresholds that held-out refere
 score of how strange a cell is to the reference.
 """
 
+from streamx.transfer.angle import directions
 from streamx.transfer.ask import UNKNOWN, Transfer, transfer_labels, transfer_levels, vote
 from streamx.transfer.held_out import HeldOut, Threshold, hold_out, threshold_for
 from streamx.transfer.scores import score_labels
@@ -18,6 +19,7 @@ __all__ = [
     "Threshold",
     "Transfer",
     "Voters",
+    "directions",
     "gather",
     "hold_out",
     "kernel_weights",

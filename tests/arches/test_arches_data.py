@@ -108,7 +108,7 @@ def test_every_input_gives_the_same_cells(tmp_path: Path, name: str, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["object", "store"])
-def test_proteins_by_name_and_zero_where_there_are_none(tmp_path: Path, name: str) -> None:
+def test_sa08_proteins_by_name_and_zero_where_there_are_none(tmp_path: Path, name: str) -> None:
     adata = cells()
     schema = Schema(SCHEMA.genes, ("a", "b"), "study", proteins=("p3", "q", "p0"), protein_key="adt")
     data = INPUTS[name](adata, tmp_path)

@@ -119,7 +119,7 @@ def test_what_is_wrong() -> None:
             model.differential_expression(**settings)
 
 
-def test_known_changes_are_found_and_few_others() -> None:
+def test_sa12_known_changes_are_found_and_few_others() -> None:
     """10 of 200 genes rise twofold and 10 fourfold, in two batches.
 
     True is a change of a gene's share, relative to the median gene's, of at least delta. Means of cells find

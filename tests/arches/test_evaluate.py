@@ -139,6 +139,24 @@ def test_sa19_more_types_than_a_byte_holds() -> None:
     assert len(found.latent_as_anndata().obs["cell_type"].cat.categories) == 150
 
 
+def test_sa19_one_type_or_none() -> None:
+    adata = cells("ab", 50, seed=2)
+    adata.obs["one"] = pd.Categorical(["T"] * adata.n_obs, categories=["T", "nobody's"])
+    adata.obs["none"] = pd.Categorical([None] * adata.n_obs, categories=["T"])
+    one, none = (
+        sx.SCVI_EVAL(trained("scanvi"), adata, cell_type_key=key, batch_key="study")
+        for key in ("one", "none")
+    )
+    assert one.get_knn_purity() == 1
+    assert (one.get_nmi(), one.get_asw()[1], none.get_nmi()) == (None, None, None)  # nothing to tell apart
+    assert one.get_classification_accuracy() == (trained("scanvi").predict() == "T").mean()
+    assert none.get_classification_accuracy() is None
+    with pytest.raises(UsageError, match="no cell has a cell type"):
+        none.get_knn_purity()
+    figures = [found.plot_latent(show=False, predictions=True) for found in (one, none)]
+    assert [len(shown) for shown in figures] == [4, 2]
+
+
 def test_sa19_what_cannot_be_asked() -> None:
     with pytest.raises(UntrainedError):
         sx.SCVI_EVAL(sx.SCVI(cells(), batch_key="study"))

@@ -97,7 +97,7 @@ def test_settings_that_cannot_be() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_latents_in_the_order_of_the_data(kind: str) -> None:
+def test_sa06_latents_in_the_order_of_the_data(kind: str) -> None:
     model = trained(kind)
     z_nk = latents(model)
     assert z_nk.shape == (120, 3)
@@ -112,7 +112,7 @@ def test_latents_in_the_order_of_the_data(kind: str) -> None:
     assert np.abs(model.get_latent_representation(give_mean=False, seed=1) - drawn).max() > 1e-3
 
 
-def test_trvae_latents_of_a_matrix() -> None:
+def test_sa05_trvae_latents_of_a_matrix() -> None:
     model, adata = trained("trvae"), cells()
     z_nk = model.get_latent(mean=True)
     for x in (adata.X, adata.X.toarray()):
@@ -127,7 +127,7 @@ def test_trvae_latents_of_a_matrix() -> None:
 
 
 @pytest.mark.parametrize("kind", ["scvi", "scanvi", "totalvi"])
-def test_what_is_asked_is_what_the_pure_functions_say(kind: str) -> None:
+def test_sa09_what_is_asked_is_what_the_pure_functions_say(kind: str) -> None:
     model, rows = trained(kind), np.arange(90, 30, -1)
     of = model.state.model
 
@@ -219,7 +219,7 @@ def test_expression_on_disk(kind: str, tmp_path: Path, monkeypatch: Any) -> None
         model.get_normalized_expression(out=tmp_path / "b", n_samples=2, return_mean=False)
 
 
-def test_labels() -> None:
+def test_sa07_labels() -> None:
     model = trained("scanvi")
     soft = model.predict(soft=True)
     assert list(soft.columns) == ["B", "Mono", "NK", "T"]
@@ -265,7 +265,7 @@ def test_training_goes_on() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reference_stays_as_it_is_and_a_query_learns(kind: str, tmp_path: Path) -> None:
+def test_sa18_a_reference_stays_as_it_is_and_a_query_learns(kind: str, tmp_path: Path) -> None:
     model, adata, query = trained(kind), cells(), cells("c", seed=3)
     if kind == "totalvi":
         del query.obsm["adt"]

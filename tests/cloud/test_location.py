@@ -54,7 +54,7 @@ def test_names(place: Location) -> None:
     assert (below.list(), below.read("b/c")) == (["b/c"], b"a/b/c")
     place.write("ab", b"")
     assert place.list("a") == ["a/b/c"]  # a prefix is a folder's name, not some letters
-    for key in ("/etc/passwd", "../x", "a/../../x", "\\x"):
+    for key in ("/etc/passwd", "../x", "a/../../x", "\\x", "a\0"):
         for verb in (place.read, place.exists, place.size, place.delete, place.delete_tree, place.below):
             with pytest.raises(StorageError, match="leaves the store"):
                 verb(key)

@@ -81,7 +81,7 @@ def reference(files: list[str], tmp_path_factory: pytest.TempPathFactory) -> tup
     return SCALEX(files[:2], batch_categories=["two", "one"], outdir=str(folder), **settings), folder
 
 
-def test_signature_is_the_documented_one() -> None:
+def test_sx01_signature_is_the_documented_one() -> None:
     parameters = inspect.signature(SCALEX).parameters
     assert {name: parameter.default for name, parameter in parameters.items()} == DOCUMENTED
     assert list(parameters) == list(DOCUMENTED)
@@ -118,7 +118,7 @@ def test_output_files(reference: tuple[anndata.AnnData, Path]) -> None:
     assert list(written.obs_names) == list(adata.obs_names)
 
 
-def test_projection(reference: tuple[anndata.AnnData, Path], files: list[str], tmp_path: Path) -> None:
+def test_sx18_projection(reference: tuple[anndata.AnnData, Path], files: list[str], tmp_path: Path) -> None:
     before, home = reference
     call: dict[str, Any] = {"projection": str(home), "show": False, "ignore_umap": True}
     both = SCALEX(files[2], batch_categories=["one"], outdir=str(tmp_path), **call)

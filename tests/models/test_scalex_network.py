@@ -154,7 +154,7 @@ def test_domain_latents_do_not_depend_on_minibatches(model: Scalex) -> None:
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_original_inference_is_training_mode_without_its_side_effect(model: Scalex) -> None:
+def test_sx14_original_inference_is_training_mode_without_its_side_effect(model: Scalex) -> None:
     x, batch = cells()
     before = model.encoder.norm.running_mean.clone()
     [latent] = encode_by_minibatch(model, lambda: [(x, batch)])

@@ -90,7 +90,7 @@ def test_legend_is_not_cut_off(cells, tmp_path):
     assert (rim == 1).all()
 
 
-def test_embedding_as_scalex_names_files(cells, tmp_path, monkeypatch):
+def test_sx20_embedding_as_scalex_names_files(cells, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cells.obs["batch"] = cells.obs["batch"].replace({"one": "../one"})
     pl.embedding(cells, save=".png")
@@ -122,7 +122,7 @@ def test_large_scatter_is_an_image_inside_a_vector_file(cells, tmp_path, monkeyp
     assert "unknown" in (tmp_path / "large.svg").read_text()  # text stays text
 
 
-def test_confusion_values(tmp_path):
+def test_sx22_confusion_values(tmp_path):
     rng = np.random.default_rng(1)
     truth = rng.choice(list("abc"), 200)
     guess = np.where(rng.random(200) < 0.6, truth, rng.choice(["a", "b", "Unknown"], 200))
@@ -154,7 +154,7 @@ def test_clusters_are_matched_to_labels():
     assert f1 == pytest.approx(11 / 12)
 
 
-def test_meta_is_the_correlation_of_means(cells, tmp_path, monkeypatch):
+def test_sx21_meta_is_the_correlation_of_means(cells, tmp_path, monkeypatch):
     from streamx.plots import profiles
 
     figure = pl.meta(cells, use_rep="latent", save=tmp_path / "m.png")

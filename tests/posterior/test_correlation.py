@@ -60,7 +60,7 @@ def test_the_sample_is_uniform() -> None:
 
 @pytest.mark.parametrize("make", [scvi, totalvi])
 @pytest.mark.parametrize("log_transform", [False, True])
-def test_denoised_correlation_is_that_of_its_draws(make: Any, log_transform: bool) -> None:
+def test_sa14_denoised_correlation_is_that_of_its_draws(make: Any, log_transform: bool) -> None:
     """Against draws that torch's own distributions make, within the error of both."""
     module, cells = make().eval(), repeated(some_cells(), 2000)
     settings: dict[str, Any] = {"kind": "pearson", "n_samples": 1, "log_transform": log_transform}

@@ -50,7 +50,7 @@ def test_scanvi_has_a_lower_bound_and_no_marginal_likelihood() -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
-def test_the_marginal_likelihood_is_the_integral_over_the_latent(likelihood: str) -> None:
+def test_sa10_the_marginal_likelihood_is_the_integral_over_the_latent(likelihood: str) -> None:
     config = ScviConfig(n_latent=1, n_hidden=8, gene_likelihood=likelihood)
     module = Scvi(4, 2, config).eval()
     rng = np.random.default_rng(0)

@@ -48,7 +48,7 @@ def test_at_the_mean_it_is_the_decoder_at_the_mean(make: Any) -> None:
     assert (proteins is None) == (make in (scvi, scanvi))
 
 
-def test_batches_are_averaged_and_features_chosen() -> None:
+def test_sa11_batches_are_averaged_and_features_chosen() -> None:
     module, cells = totalvi(), [some_cells()]
     genes, proteins = np.array([4, 1]), np.array([2])
 
@@ -85,7 +85,7 @@ def test_samples_and_their_mean(make: Any) -> None:
     assert once[0].shape == (7, N_GENES)
 
 
-def test_the_latent_library_size() -> None:
+def test_sa16_the_latent_library_size() -> None:
     cells = some_cells()
     total_n = cells.x_ng.sum(1).numpy()
     got, _ = whole(ex.normalized_expression(scvi(), [cells], Asked(library_size="latent")))
@@ -99,7 +99,7 @@ def test_the_latent_library_size() -> None:
     assert (np.abs(draws_sn.mean(axis=0) - mean_n) < 5 * draws_sn.std(axis=0) / 4000**0.5).all()
 
 
-def test_proteins() -> None:
+def test_sa17_proteins() -> None:
     module, cells = totalvi(), some_cells()
     many = [repeated(cells, 3000)]
 
@@ -139,7 +139,7 @@ def test_proteins_are_imputed_without_being_looked_at() -> None:
 
 
 @pytest.mark.parametrize("likelihood", ["zinb", "nb", "poisson"])
-def test_parameters_and_counts_of_scvi(likelihood: str) -> None:
+def test_sa15_parameters_and_counts_of_scvi(likelihood: str) -> None:
     module, cells = scvi(gene_likelihood=likelihood), some_cells()
     (found,) = ex.likelihood_parameters(module, [cells], 4, generator=seed())
     (mean,) = ex.likelihood_parameters(module, [cells], 4, give_mean=True, generator=seed())
@@ -159,7 +159,7 @@ def test_parameters_and_counts_of_scvi(likelihood: str) -> None:
     assert (np.abs(drawn.mean(axis=0) - want.mean(axis=0)) < 5 * error).all()
 
 
-def test_counts_of_totalvi() -> None:
+def test_sa13_counts_of_totalvi() -> None:
     module, cells = totalvi(), some_cells()
     chosen = {"genes": np.array([3]), "proteins": np.array([0, 4])}
     drawn, proteins = next(ex.posterior_predictive(module, [cells], Asked(n_samples=3000, **chosen), seed()))

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamx.errors import BadFileError, IntegrityError, ResourceError
-from streamx.share.archive import MANIFEST, pack, plan_extraction, safe_name, unpack
+from streamx.share.archive import MANIFEST, _extract, pack, plan_extraction, safe_name, unpack
 from streamx.store.folder import Folder
 
 LIMIT = 10_000_000
@@ -78,6 +78,7 @@ def test_there_and_back(folder: Path, tmp_path: Path) -> None:
         "a\nb",
         "",
         "x" * 5000,
+        "a/" + "ü" * 200,
     ],
 )
 def test_names_that_lead_out(name: str) -> None:
@@ -125,6 +126,26 @@ def test_names_twice_and_files_as_folders(tmp_path: Path) -> None:
         unpack(both, tmp_path, LIMIT)
 
 
+def test_names_that_are_one_on_this_disk(tmp_path: Path) -> None:
+    """As `A` and `a` are on some: what came first is not written over."""
+    path = archive_of(tmp_path / "a.zip", ("obs/A", b"1"), ("obs/A/x", b"2"))
+    for name in ("obs/A", "obs"):
+        home = tmp_path / name.replace("/", "-")
+        (home / name).parent.mkdir(parents=True)
+        (home / name).write_bytes(b"first")
+        with zipfile.ZipFile(path) as archive, pytest.raises(BadFileError, match="one name on this disk"):
+            _extract(archive, archive.infolist()[1], home / "obs" / "A" / "x", LIMIT)
+        assert everything(home) == {name: b"first"}
+
+
+def test_a_list_of_files_that_is_a_bomb(tmp_path: Path) -> None:
+    for listed, match in ((b" " * 1_000_000, "1,000,000 bytes"), (b"[" * 4000, "can't be read")):
+        path = archive_of(tmp_path / "a.zip", ("x", b"1"), (MANIFEST, listed))
+        with pytest.raises(BadFileError, match=match):
+            unpack(path, tmp_path, LIMIT)
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_bomb(tmp_path: Path) -> None:
     path = archive_of(tmp_path / "a.zip", ("zeros", bytes(LIMIT + 1)))
     assert path.stat().st_size < LIMIT / 500
@@ -143,6 +164,14 @@ def test_too_many_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("streamx.share.archive.MOST_FILES", 3)
     with pytest.raises(ResourceError, match="4 files"):
         plan_extraction([zipfile.ZipInfo(str(i)) for i in range(4)], LIMIT)
+
+
+def test_a_directory_that_would_fill_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = archive_of(tmp_path / "a.zip", *((str(i), b"") for i in range(100)))
+    monkeypatch.setattr("streamx.share.archive.DIRECTORY", 4_000)
+    with pytest.raises(ResourceError, match="its directory has 4,790 bytes"):
+        unpack(path, tmp_path, LIMIT)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_no_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,31 @@ def test_what_is_wrong_never_appears(
     assert list(tmp_path.iterdir()) == [home]
 
 
+CARD = {"format": 1, "model": "scalex", "id": "x", "files": {}}
+
+
+@pytest.mark.parametrize(
+    "card",
+    [
+        b"[" * 100_000,
+        seal({}),
+        seal(CARD | {"files": ["model.safetensors"]}),
+        seal(CARD | {"files": {"model.safetensors": 3}}),
+        seal(CARD | {"files": {"../../../../../etc/passwd": [1, "00000000"]}}),
+        seal(CARD | {"files": {"a\0b": [1, "00000000"]}}),
+        seal(CARD | {"model": {"scalex": 1}}),
+        seal(CARD | {"format": "1"}),
+    ],
+)
+def test_a_card_that_is_sealed_and_none(card: bytes, model: Path, zenodo: Zenodo, tmp_path: Path) -> None:
+    """A seal shows damage, not who made it."""
+    published(model, zenodo)
+    rezipped(zenodo, model, {"model.json": card})
+    with pytest.raises(IntegrityError):
+        sx.fetch("100", tmp_path / "got", base_url=zenodo.api, **QUICK)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_wrong_checksums_and_limits(model: Path, zenodo: Zenodo, tmp_path: Path) -> None:
     published(model, zenodo)
     with pytest.raises(ResourceError, match="are allowed"):
@@ -242,6 +267,28 @@ def test_info_shows_the_card(model: Path, capsys: pytest.CaptureFixture[str]) ->
     text = (model / "README.md").read_text()
     for fact in ("# scalex model", "| batch0 | 60 |", about["id"], "* torch:", "* loss:"):
         assert fact in text
+
+
+def test_scores_in_the_card(model: Path, zenodo: Zenodo, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "model")
+    before = (tmp_path / "model" / "README.md").read_text()
+    found = invoke(["metrics", str(tmp_path / "model"), "--label-key", "type", "--card"])
+    about = invoke(["info", str(tmp_path / "model")])
+    text = (tmp_path / "model" / "README.md").read_text()
+    assert about["card"] == text
+    lines = text.split("## Metrics of the reference's latents")[1].split("##")[0].split("\n")
+    assert f"* ilisi: {found['ilisi']:.4f}" in lines
+    assert "* label_key: type" in lines
+    assert about["metrics"]["values"]["nmi"]["value"] == found["nmi"]
+    assert sx.verify(tmp_path / "model")["ok"]
+    assert sx.metrics(tmp_path / "model", label_key="type")["nmi"] == found["nmi"]
+    published(tmp_path / "model", zenodo)
+    sx.fetch("100", tmp_path / "got", base_url=zenodo.api, **QUICK)
+    assert (tmp_path / "got" / "README.md").read_text() == text
+    card = json.loads((tmp_path / "model" / "model.json").read_text())
+    assert render(card | {"added": ["added/later.zarr"]}) == before  # of fewer cells than there are now
+    with pytest.raises(UsageError, match="of the reference alone"):
+        sx.metrics(tmp_path / "model", tmp_path / "mapped", card=True)
 
 
 def test_cards_have_counts_of_labels_and_what_surgery_added(tmp_path: Path) -> None:

@@ -309,7 +309,7 @@ def test_latents_in_row_order(view: Collection, trained: tuple[Path, TrainResult
     assert np.isfinite(z).all()
 
 
-def test_imputation_by_name(trained: tuple[Path, TrainResult]) -> None:
+def test_sx19_imputation_by_name(trained: tuple[Path, TrainResult]) -> None:
     model = load_model(trained[0])
     z = np.random.default_rng(0).normal(size=(10, 10)).astype(np.float32)
     blocks = list(impute(model, z, "batch1", rows=4))
