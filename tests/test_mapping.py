@@ -366,6 +366,12 @@ def test_folders_that_cannot_be(mapped, tmp_path):
         sx.transfer(model, tmp_path / "empty", label_key="kind")
     with pytest.raises(BadFileError, match="is no model"):
         sx.transfer(tmp_path / "empty", out, label_key="kind")
+    before = sorted(path.name for path in (model / "reference.zarr" / "obs").iterdir())
+    with pytest.raises(UsageError, match="is a model, and no folder of mapped queries"):
+        sx.transfer(model, model, label_key="kind")
+    assert sorted(path.name for path in (model / "reference.zarr" / "obs").iterdir()) == before
+    with pytest.raises(UsageError, match="name the folder that it lies in"):
+        sx.transfer(model, out / "q1.zarr", label_key="kind")
     (out / "q0.zarr").mkdir()
     with pytest.raises(BadFileError, match=r"q0\.zarr"):
         sx.transfer(model, out, label_key="kind")

@@ -162,12 +162,20 @@ def read_reference(model: str | Path | Location) -> Cells:
 def read_queries(output: str | Path | Location, reference: Cells | None = None) -> list[Cells]:
     """The mapped queries of an output folder, by name; those of another model are refused."""
     location = open_location(output)
+    if location.exists("model.json"):  # its reference.zarr would be taken for a query, and written to
+        raise UsageError(
+            "is a model, and no folder of mapped queries",
+            where=str(location),
+            fix="the model comes first: MODEL OUT, where OUT is what `streamx project` wrote",
+        )
     names = latent_names(location)
     if not names:
         if not is_there(location):
             raise UsageError(
                 "no such folder", where=str(location), fix="streamx project MODEL QUERY... -o OUT"
             )
+        if location.exists("zarr.json"):
+            raise UsageError("is a single query", where=str(location), fix="name the folder that it lies in")
         raise EmptyError(
             "holds no mapped query (*.zarr)",
             where=str(location),
