@@ -185,6 +185,8 @@ def test_begins_from_a_trained_scvi(view: Collection, tmp_path: Path) -> None:
         ({"model": "scvi", "label_key": "nothing", "dispersion": "gene-label"}, "no obs column 'nothing'"),
         ({"model": "scvi", "norm": "domain"}, "scvi has no norm"),
         ({"model": "scalex", "warmup_epochs": 3}, "scalex has no warmup_epochs"),
+        ({"model": "scalex", "label_key": "type"}, "scalex has no label_key"),
+        ({"model": "scalex", "init": "model"}, "scalex has no init"),
         ({"model": "trvae", "arches": True}, "arches are settings of scvi"),
         ({"model": "totalvi", "protein_key": "nothing"}, "no obsm matrix 'nothing'"),
         ({"model": "scvi", "train_size": 1.5}, "train_size"),
