@@ -241,6 +241,12 @@ def read_generation(location: Location) -> Generation:
                 where=str(location),
                 fix="resume: run the command that wrote it once more",
             )
+        if location.exists("model.json"):
+            raise BadFileError(
+                "is a model, no streamx store",
+                where=str(location),
+                fix="name a store or view, such as the one that it was trained on",
+            )
         what = "is no streamx store" if is_there(location) else "does not exist"
         raise BadFileError(what, where=str(location), fix="make one with `streamx convert FILES... -o STORE`")
     marked = location.read(MARKER)
