@@ -119,6 +119,9 @@ def fetch(
         service = service_of(
             None, wanted.base_url, token_file=config.token_file, needs_token=False, **patience
         )
+    limit = parse_bytes(config.limit)
+    if target.exists() and not (target / ORIGIN).is_file():  # before a request that may take minutes
+        raise _taken(target)
     file: dict[str, Any] = (
         {"key": None, "url": wanted.url} if wanted.url else _file_of(service, wanted, config)
     )
@@ -135,7 +138,7 @@ def fetch(
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        unpack(archive, folder, parse_bytes(config.limit))
+        unpack(archive, folder, limit)
         root, kind = _model_in(folder)
     except (BadFileError, IntegrityError):
         shutil.rmtree(work)  # the next call gets it anew
@@ -167,11 +170,13 @@ def _found(target: Path, origin: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError):
         before = None
     if before != origin:
-        raise UsageError(
-            "is there already, and holds something else", where=str(target), fix="another folder"
-        )
+        raise _taken(target)
     log.info("%s holds this model already", target)
     return {"path": str(target), "model": _model_in(target)[1], **origin, "bytes": None, "status": "found"}
+
+
+def _taken(target: Path) -> UsageError:
+    return UsageError("is there already, and holds something else", where=str(target), fix="another folder")
 
 
 def _file_of(service: Service, wanted: Wanted, config: FetchConfig) -> dict[str, Any]:
