@@ -172,3 +172,6 @@ def test_text_for_people() -> None:
     )
     shown = columns({"n_cells": 1_234, "share": 0.51239, "ok": True, "rows": [{"k": 1}], "none": None})
     assert shown == "n_cells  1,234\nshare    0.512\nok       yes\nrows:\nk\n1"
+    by_name = columns({"per_label": {"B": {"n": 3, "f1": 0.25}, "NK": {"n": 10, "f1": None}}})
+    assert by_name == "per_label:\nname   n     f1\nB      3  0.250\nNK    10      -"
+    assert table([{"name": "a", "small": [], "kinds": ["B", "T"]}]) == "name  kinds\na     B, T"

@@ -118,9 +118,7 @@ def test_what_may_pass_is_repeated(zenodo: Zenodo, tmp_path: Path, caplog: pytes
     sx.zenodo.upload_file(path, number, TOKEN, base_url=zenodo.api)
     assert zenodo.files[100]["file"] == path.read_bytes()
     assert zenodo.count("PUT", "bucket") == 2
-    assert (
-        len(re.findall(r"answered 50[23].*; tried again in", caplog.text)) == 3
-    )  # no silence
+    assert len(re.findall(r"answered 50[23].*; tried again in", caplog.text)) == 3  # no silence
 
 
 def test_a_post_that_may_have_been_done_is_not_repeated(zenodo: Zenodo) -> None:
