@@ -45,7 +45,7 @@ def number(value: Any) -> str:
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as aligned columns under their names, empty ones left out; numbers to the right."""
+    """Rows with the same keys as aligned columns under their names, but for empty ones; numbers right."""
     rows = [plain(row) for row in rows]
     if not rows:
         return ""
@@ -62,7 +62,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def columns(result: Mapping[str, Any]) -> str:
-    """Names and values in two columns, what is empty left out; records, in a list or by name, as tables below them."""
+    """Names and values in two columns, but for what is empty; records, a list or by name, as tables below."""
     result = plain(result)
     scalars, blocks = {}, []
     for key, value in result.items():
