@@ -251,7 +251,10 @@ def _named(error: BaseException) -> StreamxError:
     if isinstance(error, OSError) and error.errno is not None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind, fix = (ResourceError, "free some space") if full else (StorageError, "mend it")
-        return kind(str(error.strerror), where=error.filename, fix=f"{fix} and run the same command again")
+        fix = f"{fix} and run the same command again"
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):  # a file where a folder is to be
+            fix = "choose another place"
+        return kind(str(error.strerror), where=error.filename, fix=fix)
     return StreamxError(
         f"internal error: {type(error).__name__}: {str(error).strip() or 'no message'}",
         fix="run again with --debug and report the traceback",

@@ -73,6 +73,12 @@ def test_error_says_what_where_and_fix(verify_does: Any, capsys: Any) -> None:
     assert capsys.readouterr().err == expected
 
 
+def test_a_file_where_a_folder_is_to_be(verify_does: Any, capsys: Any) -> None:
+    verify_does(raising(FileExistsError(errno.EEXIST, "File exists", "figures.txt")))
+    assert main(VERIFY) == 5
+    assert capsys.readouterr().err.endswith("figures.txt: File exists\n  fix: choose another place\n")
+
+
 def test_traceback_with_debug(verify_does: Any, capsys: Any) -> None:
     verify_does(raising(ValueError("deep inside")))
     assert main([*VERIFY, "--debug"]) == 1
