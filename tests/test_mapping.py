@@ -13,7 +13,14 @@ import zarr
 from sklearn.neighbors import KNeighborsClassifier
 
 import streamx as sx
-from streamx.errors import BadFileError, BadValuesError, EmptyError, IncompleteError, UsageError
+from streamx.errors import (
+    BadFileError,
+    BadValuesError,
+    EmptyError,
+    IncompleteError,
+    IntegrityError,
+    UsageError,
+)
 from streamx.metrics import score_latent
 from streamx.store.amend import amend
 from streamx.store.folder import Folder
@@ -353,6 +360,18 @@ def test_settings_that_cannot_be(mapped):
         sx.transfer(model, out, label_key="kind", threshold=float("nan"))
     with pytest.raises(EmptyError, match="no reference cell has a label"):
         sx.transfer(model, out, label_key="study", unlabeled=("s1", "s2"))
+
+
+@pytest.mark.parametrize("damaged", ["obsm/X_scalex", "obs/kind"])
+def test_damaged_bytes_are_named_as_that(mapped, damaged):
+    model, out = mapped
+    inside = (model / "reference.zarr" / damaged).rglob("*")
+    chunk = max((p for p in inside if p.is_file() and p.name != "zarr.json"), key=str)
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"{damaged}: stored bytes are damaged"):
+        sx.transfer(model, out, label_key="kind")
 
 
 def test_folders_that_cannot_be(mapped, tmp_path):
