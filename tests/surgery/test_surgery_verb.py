@@ -197,6 +197,8 @@ def test_same_call_again_does_nothing(home: Path, tmp_path: Path) -> None:
     [report] = sx.surgery(home / "scvi", home / "q3.h5ad", tmp_path / "u", **FAST)
     assert report["status"] == "skipped"
     assert digests(tmp_path / "u") == before
+    [report] = sx.surgery(home / "scvi", home / "q3.h5ad", tmp_path / "u", new_labels="keep", **FAST)
+    assert report["status"] == "skipped"  # what the error on a later file's labels asks for
     with pytest.raises(SettingsChangedError, match="q3 was added with another"):
         sx.surgery(home / "scvi", {"q3": home / "q4.h5ad"}, tmp_path / "u", **FAST)
     with pytest.raises(SettingsChangedError, match="not made from this reference"):
