@@ -41,6 +41,8 @@ def number(value: Any) -> str:
         return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
     if isinstance(value, list):
         return ", ".join(number(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number(item)}" for name, item in value.items())
     return str(value)
 
 
@@ -72,8 +74,6 @@ def columns(result: Mapping[str, Any]) -> str:
             blocks.append(f"{key}:\n{table(value)}")
         elif isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()):
             blocks.append(f"{key}:\n{table({'name': name} | item for name, item in value.items())}")
-        elif isinstance(value, dict):
-            scalars[key] = ", ".join(f"{name} {number(item)}" for name, item in value.items())
         else:
             scalars[key] = number(value)
     width = max((len(key) for key in scalars), default=0)

@@ -181,3 +181,4 @@ def test_text_for_people() -> None:
     by_name = columns({"per_label": {"B": {"n": 3, "f1": 0.25}, "NK": {"n": 10, "f1": None}}})
     assert by_name == "per_label:\nname   n     f1\nB      3  0.250\nNK    10      -"
     assert table([{"name": "a", "small": [], "kinds": ["B", "T"]}]) == "name  kinds\na     B, T"
+    assert table([{"learnt": {"b1": {"n": 5}, "b2": {"n": 7}}}]) == "learnt\nb1 n 5, b2 n 7"
