@@ -62,7 +62,7 @@ def schema_of(view: Collection, config: TrainConfig, network: Any) -> Schema:
     if config.model == "scanvi" and not labels:
         raise UsageError(f"no cell has a {config.label_key}", where=str(view.path), fix="another --label-key")
     nameless = [name for name in labels if name.lower() in LIKE_NONE]
-    if nameless:
+    if config.model == "scanvi" and nameless:
         warn(
             f"{nameless[0]!r} counts as a label of {config.label_key}, learnt and predicted as any other",
             where=str(view.path),
