@@ -13,7 +13,14 @@ import zarr
 from sklearn.neighbors import KNeighborsClassifier
 
 import streamx as sx
-from streamx.errors import BadFileError, BadValuesError, EmptyError, IncompleteError, UsageError
+from streamx.errors import (
+    BadFileError,
+    BadValuesError,
+    EmptyError,
+    IncompleteError,
+    IntegrityError,
+    UsageError,
+)
 from streamx.metrics import score_latent
 from streamx.store.amend import amend
 from streamx.store.folder import Folder
@@ -355,6 +362,18 @@ def test_settings_that_cannot_be(mapped):
         sx.transfer(model, out, label_key="study", unlabeled=("s1", "s2"))
 
 
+@pytest.mark.parametrize("damaged", ["obsm/X_scalex", "obs/kind"])
+def test_damaged_bytes_are_named_as_that(mapped, damaged):
+    model, out = mapped
+    inside = (model / "reference.zarr" / damaged).rglob("*")
+    chunk = max((p for p in inside if p.is_file() and p.name != "zarr.json"), key=str)
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+    with pytest.raises(IntegrityError, match=f"{damaged}: stored bytes are damaged"):
+        sx.transfer(model, out, label_key="kind")
+
+
 def test_folders_that_cannot_be(mapped, tmp_path):
     model, out = mapped
     with pytest.raises(UsageError, match="no such model"):
@@ -366,6 +385,12 @@ def test_folders_that_cannot_be(mapped, tmp_path):
         sx.transfer(model, tmp_path / "empty", label_key="kind")
     with pytest.raises(BadFileError, match="is no model"):
         sx.transfer(tmp_path / "empty", out, label_key="kind")
+    before = sorted(path.name for path in (model / "reference.zarr" / "obs").iterdir())
+    with pytest.raises(UsageError, match="is a model, and no folder of mapped queries"):
+        sx.transfer(model, model, label_key="kind")
+    assert sorted(path.name for path in (model / "reference.zarr" / "obs").iterdir()) == before
+    with pytest.raises(UsageError, match="name the folder that it lies in"):
+        sx.transfer(model, out / "q1.zarr", label_key="kind")
     (out / "q0.zarr").mkdir()
     with pytest.raises(BadFileError, match=r"q0\.zarr"):
         sx.transfer(model, out, label_key="kind")

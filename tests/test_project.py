@@ -19,6 +19,7 @@ from streamx.errors import (
     GeneError,
     ResourceError,
     SettingsChangedError,
+    StorageError,
     StreamxWarning,
     UsageError,
 )
@@ -350,6 +351,13 @@ def test_broken_queries(model: Model, cells: anndata.AnnData, tmp_path: Path) ->
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         project(model, files[2:], tmp_path / "out", allow_float=True, **QUIET)
+
+
+def test_a_file_where_the_folder_is_to_be(model: Model, cells: anndata.AnnData, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(StorageError, match=r"out: can't be written: .*\n  fix: choose another place"):
+        project(model, {"a": cells}, tmp_path / "out", **QUIET)
+    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_filters(model: Model, cells: anndata.AnnData, tmp_path: Path) -> None:

@@ -123,13 +123,15 @@ def open_data(
             every_n = np.arange(query.n_obs)
             names = obs_rows(query, every_n, []).index[row_n]
 
+            columns = list(dict.fromkeys(str(c) for s in query.sources for c in s.cells.columns))
+
             def column(name: str) -> pd.Series:
                 found = obs_rows(query, every_n, [name])
                 if name not in found:
-                    raise UsageError(f"no obs column {name!r}", where=query.name)
+                    there = ", ".join(columns) or "none is there"
+                    raise UsageError(f"no obs column {name!r}", where=query.name, fix=f"one of: {there}")
                 return found[name]
 
-            columns = list(dict.fromkeys(str(c) for s in query.sources for c in s.cells.columns))
             yield Opened(query.n_obs, row_n, names, cells_at, column, columns)
         finally:
             query.close()

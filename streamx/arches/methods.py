@@ -137,6 +137,19 @@ def save(self: Kind, dir_path: str | Path, overwrite: bool = False, save_anndata
     save_state(self.state, dir_path, overwrite=overwrite, save_anndata=save_anndata)
 
 
+def described(self: Kind) -> str:
+    """What a notebook shows of it."""
+    name, model = type(self).__name__, self.state.model
+    if model is None:
+        return f"streamx {name}, not trained yet"
+    schema = model.schema
+    what = f"{len(schema.genes)} genes, {max(1, len(schema.batches))} batches"
+    if schema.labels:
+        what += f", {len(schema.labels)} labels"
+    state = "trained" if self.state.trained else "with batches to learn: call train()"
+    return f"streamx {name}, {state}: {what}"
+
+
 def history(self: Kind) -> Any:
     """Losses by epoch; ``elbo_train_set`` and ``elbo_test_set`` are negative ELBOs, as in scArches."""
     return history_table(self.state.history)

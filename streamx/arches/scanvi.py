@@ -206,6 +206,7 @@ class SCANVI:
     load = classmethod(methods.load)
     save = methods.save
     is_trained = property(methods.is_trained)
+    __repr__ = methods.described
     adata = property(methods.adata)
     get_latent_representation = evidence.get_latent_representation
     get_elbo = evidence.get_elbo

@@ -107,6 +107,7 @@ class SCVI:
     save = methods.save
     history = property(methods.history)
     is_trained = property(methods.is_trained)
+    __repr__ = methods.described
     adata = property(methods.adata)
     get_latent_representation = evidence.get_latent_representation
     get_elbo = evidence.get_elbo

@@ -196,6 +196,7 @@ class TRVAE:
     save = methods.save
     history = property(methods.history)
     is_trained = property(methods.is_trained)
+    __repr__ = methods.described
     is_trained_ = property(methods.is_trained)
     adata = property(methods.adata)
     get_latent_representation = evidence.get_latent_representation

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import errno
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,7 +21,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from types import FrameType
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from streamx import __version__
 from streamx.cli import (
@@ -108,12 +110,44 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options in full only (no abbreviations), examples printed as they are written."""
+    """Options in full only (no abbreviations), examples printed as they are written.
+
+    An error shows what has to be given, not every option there is, and what a misspelt word may have meant.
+    """
 
     def __init__(self, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", _Help)
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(**kwargs)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = super().parse_known_args(args, namespace)
+        if rest:  # here the verb's own options are known; argparse leaves it to the parser of all verbs
+            self.error(f"unrecognized arguments: {' '.join(rest)}")
+        return found, rest
+
+    def error(self, message: str) -> NoReturn:
+        needed = [action for action in self._actions if action.required or not action.option_strings]
+        usage = self._get_formatter()
+        usage.add_usage(None, needed, [])
+        text = " ".join(usage.format_help().split()) + " [options]"
+        close = _closest(message, list(self._option_string_actions))
+        fix = f"did you mean {close}? " if close else ""
+        self.exit(2, f"{text}\n{self.prog}: {message}\n  fix: {fix}{self.prog} --help\n")
+
+
+def _closest(message: str, options: Sequence[str]) -> str | None:
+    """The option or choice that a misspelt one resembles most, if any does."""
+    choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+    if choice:
+        word, known = choice[1], [name.strip("'") for name in choice[2].split(", ")]
+    else:
+        words = re.findall(r"(?<!\S)--[\w-]+", message) if message.startswith("unrecognized") else []
+        word, known = (words[0].replace("_", "-") if words else ""), list(options)
+    longer = [name for name in known if word and name.startswith(word)]
+    by_case = {name.lower(): name for name in known}
+    near = difflib.get_close_matches(word.lower(), list(by_case), n=1, cutoff=0.7)
+    return longer[0] if longer else by_case[near[0]] if near else None
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -217,7 +251,10 @@ def _named(error: BaseException) -> StreamxError:
     if isinstance(error, OSError) and error.errno is not None:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         kind, fix = (ResourceError, "free some space") if full else (StorageError, "mend it")
-        return kind(str(error.strerror), where=error.filename, fix=f"{fix} and run the same command again")
+        fix = f"{fix} and run the same command again"
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):  # a file where a folder is to be
+            fix = "choose another place"
+        return kind(str(error.strerror), where=error.filename, fix=fix)
     return StreamxError(
         f"internal error: {type(error).__name__}: {str(error).strip() or 'no message'}",
         fix="run again with --debug and report the traceback",

@@ -39,15 +39,19 @@ def number(value: Any) -> str:
         if abs(value) >= 100:
             return f"{value:,.1f}"
         return f"{value:.3f}" if abs(value) >= 0.001 or value == 0 else f"{value:.2g}"
+    if isinstance(value, list):
+        return ", ".join(number(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {number(item)}" for name, item in value.items())
     return str(value)
 
 
 def table(rows: Iterable[Mapping[str, Any]]) -> str:
-    """Rows with the same keys as aligned columns under their names; numbers to the right."""
+    """Rows with the same keys as aligned columns under their names, but for empty ones; numbers right."""
     rows = [plain(row) for row in rows]
     if not rows:
         return ""
-    names = list(rows[0])
+    names = [name for name in rows[0] if any(row.get(name) not in (None, [], {}) for row in rows)]
     cells = [names, *([number(row.get(name)) for name in names] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
     right = [all(isinstance(row.get(name), int | float | None) for row in rows) for name in names]
@@ -60,7 +64,7 @@ def table(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def columns(result: Mapping[str, Any]) -> str:
-    """Names and values in two columns, what is empty left out; lists of records as tables below them."""
+    """Names and values in two columns, but for what is empty; records, a list or by name, as tables below."""
     result = plain(result)
     scalars, blocks = {}, []
     for key, value in result.items():
@@ -68,10 +72,8 @@ def columns(result: Mapping[str, Any]) -> str:
             continue
         if isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
             blocks.append(f"{key}:\n{table(value)}")
-        elif isinstance(value, dict):
-            scalars[key] = ", ".join(f"{name} {number(item)}" for name, item in value.items())
-        elif isinstance(value, list):
-            scalars[key] = ", ".join(number(item) for item in value)
+        elif isinstance(value, dict) and all(isinstance(item, dict) for item in value.values()):
+            blocks.append(f"{key}:\n{table({'name': name} | item for name, item in value.items())}")
         else:
             scalars[key] = number(value)
     width = max((len(key) for key in scalars), default=0)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import field
 from math import isfinite
-from typing import Any
+from numbers import Real
+from typing import Any, get_args, get_type_hints
 
 from streamx.errors import UsageError
 
@@ -57,15 +58,30 @@ def parse_bytes(text: str | int) -> int:
     return size
 
 
-def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:
-    """``cls(**settings)``; an unknown name or choice, or a number too small, is a :class:`UsageError`.
+def _as_number(name: str, value: Any, hint: Any) -> Any:
+    """The value, checked where the setting is a number; the command line's parser has seen to that before."""
+    if isinstance(value, float) and not isfinite(value):
+        raise UsageError(f"{name} = {value}", fix="a finite number")
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if value is None or kinds not in ([int], [float]):
+        return value
+    whole = kinds == [int]
+    good = isinstance(value, Real) and not isinstance(value, bool)
+    if not good or (whole and value != int(value)):
+        raise UsageError(f"{name} = {value!r}", fix="a whole number" if whole else "a number")
+    return int(value) if whole else value
 
-    A single text for a setting of many is one of them, and not its letters.
+
+def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:
+    """``cls(**settings)``; an unknown name or choice, no number or one too small is a :class:`UsageError`.
+
+    A single text for a setting of many is one of them, and not its letters; 1e4 is a whole number.
     """
     fields = cls.__dataclass_fields__  # type: ignore[attr-defined]
     many = [name for name, value in settings.items() if isinstance(value, str) and name in fields]
     many = [name for name in many if fields[name].metadata.get("many")]
     settings = settings | {name: (settings[name],) for name in many}
+    hints = get_type_hints(cls)
     for name, value in settings.items():
         if name not in fields:
             raise UsageError(f"unknown setting {name!r}", fix=f"one of {', '.join(sorted(fields))}")
@@ -73,8 +89,7 @@ def build(cls: Callable[..., Any], settings: dict[str, Any]) -> Any:
         if choices and value is not None and value not in choices:
             raise UsageError(f"{name} = {value!r}", fix=f"one of {', '.join(choices)}")
         least = fields[name].metadata.get("least")
-        if isinstance(value, float) and not isfinite(value):
-            raise UsageError(f"{name} = {value}", fix="a finite number")
+        settings[name] = _as_number(name, value, hints[name])
         if least is not None and value is not None and value < least:
             raise UsageError(f"{name} = {value}", fix=f"at least {least:g}")
     return cls(**settings)

@@ -24,7 +24,7 @@ import pandas as pd
 from anndata import AnnData
 
 from streamx.config import IntegrateConfig, ProjectConfig, build
-from streamx.errors import BadFileError, UsageError, warn
+from streamx.errors import BadFileError, BatchError, UsageError, warn
 from streamx.integrate.result import (
     add_clusters,
     add_imputed,
@@ -251,15 +251,19 @@ def make_store(inputs: dict[str, Any], call: IntegrateConfig, folder: Path) -> C
     # The original calls all cells one batch when the column is absent, also of several files; there the name
     # was probably mistyped, and convert says which columns there are.
     one_per_file = call.batch_name not in columns if len(inputs) == 1 else call.batch_name == call.batch_key
-    return convert(
-        inputs,
-        folder / "store",
-        batch_key=FILE if one_per_file else call.batch_name,
-        join=call.join,
-        layer=call.use_layer if call.use_layer != "X" and not from_obsm else None,
-        obsm=(call.use_layer,) if from_obsm else (),
-        allow_float=as_it_is,
-    )
+    try:
+        return convert(
+            inputs,
+            folder / "store",
+            batch_key=FILE if one_per_file else call.batch_name,
+            join=call.join,
+            layer=call.use_layer if call.use_layer != "X" and not from_obsm else None,
+            obsm=(call.use_layer,) if from_obsm else (),
+            allow_float=as_it_is,
+        )
+    except BatchError as error:  # convert's words for it are another setting's here
+        error.fix = (error.fix or "").partition(";")[0].replace("--batch-key", "batch_name")
+        raise
 
 
 def _peek(item: Any, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -346,6 +350,8 @@ def _folder(outdir: str | None) -> Iterator[Path]:
     """The output folder, or one that goes with the call, or with the view of it that an X on disk reads."""
     if outdir is not None:
         chosen = local_folder(outdir)
+        if any((chosen / name).exists() for name in ("streamx.json", "model.json")):
+            raise UsageError("holds a store, view or model", where=str(chosen), fix="choose another folder")
         chosen.mkdir(parents=True, exist_ok=True)
         yield chosen
         return

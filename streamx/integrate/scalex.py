@@ -70,7 +70,20 @@ def label_transfer(ref: AnnData, query: AnnData, rep: str = "latent", label: str
         obsm matrix of both; ``"X"``: X itself.
     label
         obs column of the reference.
+
+    Raises
+    ------
+    UsageError
+        If one of them has no such matrix, or the reference no such column.
     """
+    for name, adata in (("reference", ref), ("query", query)):
+        if rep != "X" and rep not in adata.obsm:
+            there = ", ".join(adata.obsm.keys()) or "it has none"
+            raise UsageError(f"no obsm matrix {rep!r}", where=name, fix=f"rep, one of: {there}")
+    if label not in ref.obs:
+        raise UsageError(
+            f"no obs column {label!r}", where="reference", fix=f"label, one of: {', '.join(ref.obs.columns)}"
+        )
     found = [np.asarray(adata.X if rep == "X" else adata.obsm[rep], np.float32) for adata in (ref, query)]
     return transfer_labels(found[0], ref.obs[label], found[1], method="vote", n_neighbors=5).labels_n
 

@@ -20,6 +20,7 @@ from streamx.neighbors.blocks import Stacked, settle
 from streamx.store.frame import column_names, read_column
 from streamx.store.latents import latent_names
 from streamx.store.location import Location, follow, is_there, open_location
+from streamx.store.read import integrity
 
 if TYPE_CHECKING:
     import zarr
@@ -27,7 +28,24 @@ if TYPE_CHECKING:
 REFERENCE = "reference.zarr"
 LATENT = "X_scalex"
 INDEXES = "neighbors"
+RESTORE = "restore it from a copy, or make it again with the command that wrote it"
 IN_MEMORY = 256_000_000  # bytes of latents
+
+
+@dataclass(frozen=True, eq=False)
+class _Latents:
+    """Latents of one file: bytes that are not those that were written are named as that, and where."""
+
+    array: Any
+    where: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.array.shape)
+
+    def __getitem__(self, some: slice) -> np.ndarray:
+        with integrity(self.where, RESTORE):
+            return np.asarray(self.array[some])
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +93,8 @@ class Cells:
                 f"no obs column {name!r}", where=str(self.path), fix=f"one of {', '.join(self.columns)}"
             )
         if not self.added:
-            return read_column(self._obs[0], name)
+            with integrity(f"{self.path}/obs/{name}", RESTORE):
+                return read_column(self._obs[0], name)
         parts = []
         for obs in self._obs:
             if name in column_names(obs):
@@ -133,7 +152,7 @@ def read_cells(location: Location, name: str) -> Cells:
     key = LATENT if LATENT in latents else next((name for name in latents if name != "X_umap"), None)
     if key is None:
         raise BadFileError("obsm holds no latent (X_...)", where=str(location), fix="project the query again")
-    return Cells(name, location, group, Stacked([group[f"obsm/{key}"]]))
+    return Cells(name, location, group, Stacked([_Latents(group[f"obsm/{key}"], f"{location}/obsm/{key}")]))
 
 
 def read_reference(model: str | Path | Location) -> Cells:
@@ -162,12 +181,20 @@ def read_reference(model: str | Path | Location) -> Cells:
 def read_queries(output: str | Path | Location, reference: Cells | None = None) -> list[Cells]:
     """The mapped queries of an output folder, by name; those of another model are refused."""
     location = open_location(output)
+    if location.exists("model.json"):  # its reference.zarr would be taken for a query, and written to
+        raise UsageError(
+            "is a model, and no folder of mapped queries",
+            where=str(location),
+            fix="the model comes first: MODEL OUT, where OUT is what `streamx project` wrote",
+        )
     names = latent_names(location)
     if not names:
         if not is_there(location):
             raise UsageError(
                 "no such folder", where=str(location), fix="streamx project MODEL QUERY... -o OUT"
             )
+        if location.exists("zarr.json"):
+            raise UsageError("is a single query", where=str(location), fix="name the folder that it lies in")
         raise EmptyError(
             "holds no mapped query (*.zarr)",
             where=str(location),

@@ -204,7 +204,7 @@ def _refuse_contradictions(config: PreprocessConfig) -> None:
         )
     if config.target_sum <= 0:
         raise UsageError(f"target_sum = {config.target_sum}", fix="a positive number, such as 10000")
-    for name in ("min_features", "min_cells"):
+    for name in ("min_features", "min_cells", "n_top_features"):
         value = getattr(config, name)
         if value is not None and value < 0:
             raise UsageError(f"{name} = {value}", fix="0 or more")

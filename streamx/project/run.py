@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from streamx.config import ProjectConfig, build, parse_bytes
-from streamx.errors import InputError, ResourceError, SettingsChangedError, UsageError
+from streamx.errors import InputError, SettingsChangedError, UsageError
 from streamx.memory import steady_memory
 from streamx.project import counts, scalex
 from streamx.project.mapped import Mapped
@@ -25,7 +25,7 @@ from streamx.query import Query, Request, open_query, query_obs, requests
 from streamx.store.bucket import cache_folder
 from streamx.store.journal import first_difference
 from streamx.store.latents import write_latents
-from streamx.store.location import Location, open_location
+from streamx.store.location import Location, open_location, storage_error
 from streamx.train.device import one_torch_thread, pick_device
 from streamx.train.model import Model, load_model
 
@@ -220,9 +220,7 @@ def _scratch(out: Location) -> Iterator[Path]:
         sweep_scratch(home)
         folder = Path(tempfile.mkdtemp(prefix=_scratch_name(str(os.getpid())), dir=home))
     except OSError as error:
-        raise ResourceError(
-            f"can't be written: {error.strerror}", where=str(home), fix="choose another folder"
-        ) from None
+        raise storage_error(error, str(home)) from None
     try:
         yield folder
     finally:

@@ -130,6 +130,8 @@ def fetch(
         service = service_of(
             None, wanted.base_url, token_file=config.token_file, needs_token=False, **patience
         )
+    if os.path.lexists(target) and not (target / ORIGIN).is_file():  # before requests that may take minutes
+        raise _taken(target)
     file = _plain_file(wanted.url, config) if wanted.url else _file_of(service, wanted, config)
     checksum = config.checksum or file["checksum"]
     origin = {"source": _cited(source), "file": file["key"], "checksum": checksum}
@@ -185,9 +187,7 @@ def _found(target: Path, work: Path, origin: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError):
         before = None
     if before != origin:
-        raise UsageError(
-            "is there already, and holds something else", where=str(target), fix="another folder"
-        )
+        raise _taken(target)
     if (work / ORIGIN).is_file():  # killed between the last two steps
         _claim(work, origin)
         shutil.rmtree(work)
@@ -205,6 +205,10 @@ def _plain_file(url: str, config: FetchConfig) -> dict[str, Any]:
             fix="https://..., or say what it must be: --checksum sha256:...",
         )
     return {"key": None, "url": url, "size": None, "checksum": None}
+
+
+def _taken(target: Path) -> UsageError:
+    return UsageError("is there already, and holds something else", where=str(target), fix="another folder")
 
 
 def _file_of(service: Service, wanted: Wanted, config: FetchConfig) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import logging
 import os
 import ssl
 import urllib.error
@@ -22,6 +23,8 @@ from urllib.parse import SplitResult, quote, urlsplit
 import streamx
 from streamx.errors import BadFileError, InputError, StorageError, StreamxError, UsageError
 from streamx.threads import pause
+
+log = logging.getLogger("streamx")
 
 RETRIED = (429, 500, 502, 503, 504)
 LONGEST_MESSAGE = 1 << 16  # bytes of an error's body that are looked at
@@ -193,7 +196,10 @@ def _opened(
             if data is not None and not isinstance(data, bytes):
                 data.close()
         rest = max(wait, asked)
-        if not again or spent + rest > service.retry_seconds or pause(rest):
+        if not again or spent + rest > service.retry_seconds:
+            raise failure
+        log.info("%s: %s; tried again in %.1f s", failure.where, failure.what, rest)
+        if pause(rest):
             raise failure
         wait, spent = min(2 * wait, LONGEST_PAUSE), spent + rest
 

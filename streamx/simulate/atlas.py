@@ -163,7 +163,7 @@ def make_atlas(config: SimulateConfig) -> Atlas:
     for name in ("n_cells", "n_genes", "n_batches", "n_types", "depth"):
         if getattr(config, name) < 1:
             raise UsageError(f"{name} = {getattr(config, name)}", fix="at least 1")
-    for name in ("n_proteins", "n_columns", "seed"):
+    for name in ("n_proteins", "n_columns", "seed", "threads"):
         if getattr(config, name) < 0:
             raise UsageError(f"{name} = {getattr(config, name)}", fix="0 or more")
     if config.n_cells < config.n_batches:

@@ -84,7 +84,8 @@ def add_batch(
         raise BatchError(
             f"no obs column {', '.join(absent)} says which batch a cell is from",
             where=key,
-            fix=f"--batch-key with one of: {_candidates(obs)}; or rename one with --obs-map",
+            fix=f"--batch-key with one of: {_candidates(obs)}; or {FILE}, if each file is one batch; or "
+            "rename one with --obs-map",
         )
     if len(columns) == 1 and isinstance(obs[columns[0]].dtype, pd.CategoricalDtype):
         values = [obs[columns[0]]]

@@ -275,8 +275,9 @@ def storage_error(error: OSError, where: str) -> StorageError | ResourceError:
         return ResourceError(
             "the disk is full", where=where, fix="free some space and run the same command again"
         )
+    in_the_way = error.errno in (errno.EEXIST, errno.ENOTDIR)
     return StorageError(
         f"can't be written: {error.strerror or error}",
         where=where,
-        fix="mend it and run the same command again",
+        fix="choose another place" if in_the_way else "mend it and run the same command again",
     )

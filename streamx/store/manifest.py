@@ -241,6 +241,18 @@ def read_generation(location: Location) -> Generation:
                 where=str(location),
                 fix="resume: run the command that wrote it once more",
             )
+        if location.exists("model.json"):
+            raise BadFileError(
+                "is a model, no streamx store",
+                where=str(location),
+                fix="name a store or view, such as the one that it was trained on",
+            )
+        if is_there(location) and _holds_latents(location):
+            raise BadFileError(
+                "is a folder of mapped queries, no streamx store",
+                where=str(location),
+                fix="streamx status (of `map`), transfer, metrics, plot and report take it",
+            )
         what = "is no streamx store" if is_there(location) else "does not exist"
         raise BadFileError(what, where=str(location), fix="make one with `streamx convert FILES... -o STORE`")
     marked = location.read(MARKER)
@@ -264,6 +276,12 @@ def read_generation(location: Location) -> Generation:
     if marked != _marker(generation, data):  # no checksum covers the marker itself
         raise _damaged(location, MARKER)
     return generation
+
+
+def _holds_latents(location: Location) -> bool:
+    from streamx.store.latents import latent_names
+
+    return any(location.exists(f"{name}/obsm/zarr.json") for name in latent_names(location))
 
 
 def _damaged(location: Location, key: str) -> IntegrityError:

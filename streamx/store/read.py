@@ -13,6 +13,8 @@ from streamx.store.frame import Group
 from streamx.store.layout import expect_warnings
 from streamx.store.location import Location, ObjectTable
 
+RESTORE = "`streamx verify` names the objects; restore them from a copy, or convert again"
+
 
 @dataclass(frozen=True)
 class Read:
@@ -51,8 +53,8 @@ def plan_reads(ranges: Sequence[tuple[int, int]], shard_starts: np.ndarray) -> l
 
 
 @contextmanager
-def integrity(where: str) -> Iterator[None]:
-    """zarr's and numcodecs' many words for damaged bytes, as one."""
+def integrity(where: str, fix: str = RESTORE) -> Iterator[None]:
+    """zarr's and numcodecs' many words for damaged bytes, as one; and what to do about them."""
     try:
         yield
     except (StreamxError, MemoryError):
@@ -61,7 +63,7 @@ def integrity(where: str) -> Iterator[None]:
         raise IntegrityError(
             f"stored bytes are damaged ({type(error).__name__}: {error})",
             where=where,
-            fix="`streamx verify` names the objects; restore them from a copy, or convert again",
+            fix=fix,
         ) from error
 
 

@@ -224,6 +224,8 @@ def _add(
 
 
 def _skipped(out: Location, before: dict[str, Any], entry: dict[str, Any]) -> dict[str, Any]:
+    if before["settings"].get("new_labels") == "refuse":  # it held none: keeping them changes nothing
+        entry = entry | {"settings": entry["settings"] | {"new_labels": "refuse"}}
     difference = first_difference({k: before[k] for k in entry}, entry)
     if difference:
         raise SettingsChangedError(

@@ -37,6 +37,7 @@ LN_DRAWS = 5000  # of a logistic-normal latent
 FEW_PROTEINS = 10  # up to here mixtures of a cell's proteins say nothing
 STRETCHES, STRETCH = 20, 32  # that a sample of a batch's proteins is taken from, and cells in each
 ADVERSARY_LR = 1e-3
+LIKE_NONE = ("", "unknown", "unlabeled", "unlabelled", "unassigned", "undefined", "none", "nan", "na")
 FEWEST = 3  # cells of a minibatch that is not full, in training: batch norm needs several
 
 
@@ -60,6 +61,13 @@ def schema_of(view: Collection, config: TrainConfig, network: Any) -> Schema:
         labels = names_in(view.obs_column(config.label_key), without=config.unlabeled)
     if config.model == "scanvi" and not labels:
         raise UsageError(f"no cell has a {config.label_key}", where=str(view.path), fix="another --label-key")
+    nameless = [name for name in labels if name.lower() in LIKE_NONE]
+    if config.model == "scanvi" and nameless:
+        warn(
+            f"{nameless[0]!r} counts as a label of {config.label_key}, learnt and predicted as any other",
+            where=str(view.path),
+            fix=f"--unlabeled {nameless[0]}, if it means that a cell has none",
+        )
     proteins: tuple[str, ...] = ()
     if config.model == "totalvi":
         check_proteins(view, config.protein_key)

@@ -233,7 +233,8 @@ def fit(
             _end_epoch(module, state, ranks, before, validate, judge_from)
             keep(state, state.epoch == n_epochs or state.stopping.stopped)
             bar.update()
-            bar.set_postfix({name: f"{value:.3f}" for name, value in state.history[-1].items()})
+            shown = ("loss", "validation_loss")  # more does not fit into a line; history.csv has all
+            bar.set_postfix({n: f"{v:.5g}" for n, v in state.history[-1].items() if n in shown})
     if state.best:
         module.load_state_dict(state.best)
     module.eval()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
@@ -42,6 +43,8 @@ log = logging.getLogger("streamx")
 _FREE = ("device", "graph", "memory", "threads", "checkpoint_seconds")
 # Settings that not every model has.
 _SOME_MODELS = {name for values in TRAINING.values() for name in values}
+# Settings of count models that SCALEX would take without a word and not use.
+_NOT_SCALEX = ("label_key", "category_keys", "continuous_keys", "init", "empirical_prior")
 _POSITIVE = ("minibatch_size", "accumulate", "lr", "n_latent", "n_hidden", "n_layers", "train_size")
 # Settings that came later: models that say nothing of them have the default.
 _LATER = (
@@ -125,6 +128,8 @@ def train(
         raise UsageError(
             "holds a store or view", where=str(output), fix="choose another folder for the model"
         )
+    if config.model == "scalex":
+        _check_values(view)
     schema = scalex_schema(view) if config.model == "scalex" else counts.schema_of(view, config, network)
     fingerprint = _fingerprint(view, config, network)
     if split is not None:
@@ -135,6 +140,7 @@ def train(
     card = read_card(location)
     if card is not None:
         return _finished(location, card, fingerprint, begun)
+    _check_free(location)
     with one_torch_thread(), together(device) as ranks:
         check_device(config, device, ranks)
         journal = Journal(location, fingerprint | _several(ranks)) if ranks.first else None
@@ -150,6 +156,25 @@ def train(
             if journal is not None:
                 journal.release()
     return _result(location, config.model, done, rate, time.monotonic() - begun)
+
+
+def _check_values(view: Collection) -> None:
+    """SCALEX takes shares of a gene's maximum, 0 to 1; raw counts would train for hours, and to nothing."""
+    if not any((view.view or {}).get("transform", {}).values()):
+        raise UsageError(
+            "holds raw counts, and SCALEX learns from values that `preprocess` scales to 0..1",
+            where=str(view.path),
+            fix="streamx preprocess STORE -o VIEW (without --profile counts), or --model scvi",
+        )
+
+
+def _check_free(location: Location) -> None:
+    """What an interrupted run wrote is no obstacle; anything else would lie among the model's files."""
+    occupied = os.path.isfile(location.root) or any(True for _ in location.list())
+    if occupied and not location.journal.exists():
+        raise UsageError(
+            "holds other files, and no model", where=str(location), fix="choose another folder, or empty it"
+        )
 
 
 def _model_of(config: TrainConfig) -> Any:
@@ -279,6 +304,9 @@ def _configs(settings: dict[str, Any]) -> tuple[TrainConfig, Any]:
     for name, value in asdict(config).items():
         if value is not None and name not in defaults and name in _SOME_MODELS:
             raise UsageError(f"{config.model} has no {name}", fix="leave it out, or choose another --model")
+    for name in _NOT_SCALEX if config.model == "scalex" else ():
+        if getattr(config, name) not in (None, ()):
+            raise UsageError(f"scalex has no {name}", fix="leave it out, or choose another --model")
     left_out = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.max_epochs is not None:
         left_out.pop("max_iteration", None)

@@ -110,7 +110,7 @@ def test_what_is_wrong() -> None:
     for settings, match in (
         ({}, "no groups"),
         ({"groupby": "type", "group1": "X"}, "no cell has type 'X'"),
-        ({"groupby": "absent"}, "absent"),
+        ({"groupby": "absent"}, "absent.*\n  fix: one of: study, type"),
         ({"idx1": [1], "mode": "other"}, "mode"),
         ({"idx1": []}, "group of no cells"),
         ({"idx1": [1], "n_sample": 3}, "unknown setting"),

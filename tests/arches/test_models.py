@@ -304,12 +304,16 @@ def test_saved_and_loaded(kind: str, tmp_path: Path) -> None:
     for name in table:
         pd.testing.assert_frame_equal(again[name], table[name])
     assert loaded.is_trained
+    genes = len(model.state.model.genes)
+    shown = f"streamx {type(model).__name__}, trained: {genes} genes, 2 batches"
+    assert repr(loaded).startswith(shown)
     np.testing.assert_array_equal(latents(of.load(folder, adata)), latents(model))
     with pytest.raises(UsageError, match="without data"):
         latents(loaded)
     model.save(tmp_path / "whole", save_anndata=True)
     np.testing.assert_allclose(latents(of.load(tmp_path / "whole")), latents(model), atol=1e-6)
     extended = of.load_query_data(query, model)
+    assert "with batches to learn" in repr(extended)
     extended.train(max_epochs=1, **QUICK)
     extended.save(tmp_path / "query")
     assert load_model(tmp_path / "query").batches == ("a", "b", "c")

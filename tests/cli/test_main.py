@@ -73,6 +73,12 @@ def test_error_says_what_where_and_fix(verify_does: Any, capsys: Any) -> None:
     assert capsys.readouterr().err == expected
 
 
+def test_a_file_where_a_folder_is_to_be(verify_does: Any, capsys: Any) -> None:
+    verify_does(raising(FileExistsError(errno.EEXIST, "File exists", "figures.txt")))
+    assert main(VERIFY) == 5
+    assert capsys.readouterr().err.endswith("figures.txt: File exists\n  fix: choose another place\n")
+
+
 def test_traceback_with_debug(verify_does: Any, capsys: Any) -> None:
     verify_does(raising(ValueError("deep inside")))
     assert main([*VERIFY, "--debug"]) == 1
@@ -172,3 +178,7 @@ def test_text_for_people() -> None:
     )
     shown = columns({"n_cells": 1_234, "share": 0.51239, "ok": True, "rows": [{"k": 1}], "none": None})
     assert shown == "n_cells  1,234\nshare    0.512\nok       yes\nrows:\nk\n1"
+    by_name = columns({"per_label": {"B": {"n": 3, "f1": 0.25}, "NK": {"n": 10, "f1": None}}})
+    assert by_name == "per_label:\nname   n     f1\nB      3  0.250\nNK    10      -"
+    assert table([{"name": "a", "small": [], "kinds": ["B", "T"]}]) == "name  kinds\na     B, T"
+    assert table([{"learnt": {"b1": {"n": 5}, "b2": {"n": 7}}}]) == "learnt\nb1 n 5, b2 n 7"

@@ -6,6 +6,7 @@ import argparse
 import re
 import shlex
 from dataclasses import fields
+from typing import Any
 
 import pytest
 
@@ -104,6 +105,26 @@ def test_usage_errors_exit_2(line: str, capsys: pytest.CaptureFixture[str]) -> N
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "usage:" in captured.err
+
+
+@pytest.mark.parametrize(
+    ("line", "meant"),
+    [
+        ("convert a.h5ad -o s --batch_key x", "--batch-key"),
+        ("convert a.h5ad -o s --batchkey x", "--batch-key"),
+        ("train v -o m --max-iter 5", "--max-iteration"),
+        ("train v -o m --model SCVI", "scvi"),
+        ("projcet m a.h5ad -o out", "project"),
+    ],
+)
+def test_a_misspelt_word_is_met_with_the_right_one(line: str, meant: str, capsys: Any) -> None:
+    """And neither with the usage of another verb nor with a screen of options."""
+    with pytest.raises(SystemExit):
+        make_parser().parse_args(shlex.split(line))
+    err = capsys.readouterr().err
+    assert f"did you mean {meant}? " in err
+    assert len(err.splitlines()) == 3
+    assert meant == "project" or err.startswith(f"usage: streamx {line.split()[0]} ")
 
 
 @pytest.mark.parametrize("line", ["preprocess s", "preprocess -o v", "preprocess s --update v"])

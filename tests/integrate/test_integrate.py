@@ -232,6 +232,17 @@ def test_as_many_names_as_files(files: list[str]) -> None:
         SCALEX(files[:2], batch_categories=["one"])
 
 
+def test_what_can_not_be_is_refused_at_once(files: list[str], tmp_path: Path) -> None:
+    with pytest.raises(BatchError, match="fix: batch_name with one of: "):
+        SCALEX(files, batch_name="nope", outdir=str(tmp_path / "out"))
+    with pytest.raises(UsageError, match="max_iteration = 0"):
+        SCALEX(files, max_iteration=0, outdir=str(tmp_path / "new"))
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "model.json").touch()
+    with pytest.raises(UsageError, match="holds a store, view or model"):
+        SCALEX(files, outdir=str(tmp_path))
+
+
 SPELLINGS = [
     ("-d a b -b x y -o out -p ref -g 1", {"batch_categories": ("x", "y"), "outdir": "out", "gpu": 1}),
     ("a b --batch_categories x y --batch_name donor", {"batch_name": "donor"}),

@@ -58,6 +58,11 @@ def test_sx02_label_transfer() -> None:
         clear = np.sort(share, axis=1)[:, -1] > np.sort(share, axis=1)[:, -2]  # no tie
         assert clear.sum() > 20
         assert (found[clear] == votes.predict(query.obsm[rep])[clear]).all()
+    del query.obsm["other"]
+    with pytest.raises(UsageError, match=r"query: no obsm matrix 'other'\n  fix: rep, one of: latent"):
+        sx.scalex.label_transfer(ref, query, "other")
+    with pytest.raises(UsageError, match=r"no obs column 'kind'\n.*celltype"):
+        sx.scalex.label_transfer(ref, query, label="kind")
 
 
 def test_sx03_load_data(tmp_path: Path) -> None:

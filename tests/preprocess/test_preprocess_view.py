@@ -384,6 +384,7 @@ def test_outer_join_ranks_genes_that_every_batch_measured(tmp_path: Path) -> Non
         ({"where": "study == 'nowhere'"}, EmptyError, "no cell is asked for"),
         ({"where": "nothing > 1"}, UsageError, "columns are batch"),
         ({"where": "depth.max() > 1"}, UsageError, "columns are"),
+        ({"n_top_features": -5}, UsageError, "0 or more"),
         ({"flavor": "other"}, UsageError, "seurat_v3"),
         ({"memory": "1MB"}, ResourceError, "--memory"),
         ({"genes": "/nowhere/genes.txt"}, UsageError, "one feature per line"),

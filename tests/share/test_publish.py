@@ -204,6 +204,15 @@ def test_wrong_checksums_and_limits(model: Path, zenodo: Zenodo, tmp_path: Path)
     assert not (tmp_path / "got").exists()
 
 
+def test_what_can_not_be_is_refused_before_a_request(zenodo: Zenodo, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(UsageError, match="holds something else"):
+        sx.fetch("100", tmp_path / "mine", base_url=zenodo.api, **QUICK)
+    with pytest.raises(UsageError, match="no size in bytes"):
+        sx.fetch("100", tmp_path / "got", base_url=zenodo.api, limit="-1", **QUICK)
+    assert zenodo.asked == []
+
+
 def test_which_file_of_a_record(model: Path, zenodo: Zenodo, tmp_path: Path) -> None:
     published(model, zenodo)
     whole = zenodo.files[100].pop("streamx-lung.zip")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def test_errors_are_named_and_hold_no_token(status: int, error: type, zenodo: Ze
     assert attempts == 1 if status < 500 else attempts > 1
 
 
-def test_what_may_pass_is_repeated(zenodo: Zenodo, tmp_path: Path) -> None:
+def test_what_may_pass_is_repeated(zenodo: Zenodo, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "streamx")
     zenodo.faults += [Fault("GET", "depositions", 503, times=2), Fault("POST", "depositions", 429)]
     zenodo.faults.append(Fault("PUT", "bucket", 502, body={"message": "later"}))
     number = draft(zenodo)  # a POST goes again where it was not taken: 429
@@ -116,6 +118,7 @@ def test_what_may_pass_is_repeated(zenodo: Zenodo, tmp_path: Path) -> None:
     sx.zenodo.upload_file(path, number, TOKEN, base_url=zenodo.api)
     assert zenodo.files[100]["file"] == path.read_bytes()
     assert zenodo.count("PUT", "bucket") == 2
+    assert len(re.findall(r"answered 50[23].*; tried again in", caplog.text)) == 3  # no silence
 
 
 def test_a_post_that_may_have_been_done_is_not_repeated(zenodo: Zenodo) -> None:

@@ -228,6 +228,7 @@ def test_json_is_that_of_convert(tmp_path: Path, capsys: pytest.CaptureFixture[s
         {"batch_effect": -0.1},
         {"seed": -1},
         {"depth": 0},
+        {"threads": -1},
     ],
     ids=str,
 )

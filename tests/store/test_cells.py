@@ -211,7 +211,7 @@ class TestBatches:
 
     def test_none_named(self, tmp_path: Path) -> None:
         adata = sample(6, 7, 0, depth=np.arange(6) / 2, donor=list("xyxyxy"), sample=list("pppqqq"))
-        with pytest.raises(BatchError, match=r"--batch-key with one of: donor, sample"):
+        with pytest.raises(BatchError, match=r"donor, sample.*; or _streamx_file, if"):
             sx.convert(adata, tmp_path / "store")
         with pytest.raises(BatchError, match="no obs column study"):
             sx.convert(adata, tmp_path / "store", batch_key="study")

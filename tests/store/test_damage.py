@@ -186,6 +186,12 @@ def test_verify_of_what_is_no_store(tmp_path: Path) -> None:
     write_latents(tmp_path / "a.zarr", pd.DataFrame(index=["c"]), {}, {})
     with pytest.raises(BadFileError, match="is an AnnData-Zarr"):
         sx.verify(tmp_path / "a.zarr")
+    with pytest.raises(BadFileError, match="is a folder of mapped queries"):
+        sx.open(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model.json").write_text("{}")
+    with pytest.raises(BadFileError, match="is a model, no streamx store"):
+        sx.open(tmp_path / "model")
 
 
 @pytest.mark.parametrize("damage", ["[]", "{}", "{", '"x"', "\xff", '{"format": 2}', "null"])

@@ -218,6 +218,8 @@ def test_same_call_again_does_nothing(home: Path, tmp_path: Path) -> None:
     [report] = sx.surgery(home / "scvi", home / "q3.h5ad", tmp_path / "u", **FAST)
     assert report["status"] == "skipped"
     assert digests(tmp_path / "u") == before
+    [report] = sx.surgery(home / "scvi", home / "q3.h5ad", tmp_path / "u", new_labels="keep", **FAST)
+    assert report["status"] == "skipped"  # what the error on a later file's labels asks for
     with pytest.raises(SettingsChangedError, match="q3 was added with another"):
         sx.surgery(home / "scvi", {"q3": home / "q4.h5ad"}, tmp_path / "u", **FAST)
     with pytest.raises(SettingsChangedError, match="not made from this reference"):
@@ -249,7 +251,8 @@ def test_new_labels_are_refused_or_kept(home: Path, tmp_path: Path) -> None:
 
 
 def test_what_can_not_be_is_refused(home: Path, tmp_path: Path) -> None:
-    sx.train(home / "view", tmp_path / "scalex", max_iteration=4, n_hidden=8)
+    sx.preprocess(home / "store", tmp_path / "view", n_top_features=0, min_features=0, min_cells=0)
+    sx.train(tmp_path / "view", tmp_path / "scalex", max_iteration=4, n_hidden=8)
     with pytest.raises(UsageError, match="SCALEX has no surgery"):
         sx.surgery(tmp_path / "scalex", home / "q3.h5ad", tmp_path / "u")
     with pytest.raises(UsageError, match="moves weights"):

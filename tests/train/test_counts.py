@@ -8,13 +8,14 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from views import write_view
+from views import make_counts, write_view
 
 import streamx as sx
 from streamx.config import TRAINING, TrainConfig
-from streamx.errors import BadValuesError, BatchError, SettingsChangedError, UsageError
+from streamx.errors import BadValuesError, BatchError, SettingsChangedError, StreamxWarning, UsageError
 from streamx.models.scvi import Scvi
 from streamx.store.collection import Collection
 from streamx.train import engine, run
@@ -185,6 +186,8 @@ def test_begins_from_a_trained_scvi(view: Collection, tmp_path: Path) -> None:
         ({"model": "scvi", "label_key": "nothing", "dispersion": "gene-label"}, "no obs column 'nothing'"),
         ({"model": "scvi", "norm": "domain"}, "scvi has no norm"),
         ({"model": "scalex", "warmup_epochs": 3}, "scalex has no warmup_epochs"),
+        ({"model": "scalex", "label_key": "type"}, "scalex has no label_key"),
+        ({"model": "scalex", "init": "model"}, "scalex has no init"),
         ({"model": "trvae", "arches": True}, "arches are settings of scvi"),
         ({"model": "totalvi", "protein_key": "nothing"}, "no obsm matrix 'nothing'"),
         ({"model": "scvi", "train_size": 1.5}, "train_size"),
@@ -195,6 +198,19 @@ def test_what_can_not_be_is_refused(
 ) -> None:
     with pytest.raises(UsageError, match=error):
         sx.train(view, tmp_path / "m", **settings)
+
+
+def test_a_label_that_looks_like_none_is_warned_of(tmp_path: Path) -> None:
+    x_ng, batch_n, _ = make_counts([40, 30])
+    kind = np.where(np.arange(70) < 20, "unknown", "B")
+    obs = pd.DataFrame({"batch": batch_n.astype(str), "kind": kind}, index=[f"c{i}" for i in range(70)])
+    store = sx.convert(ad.AnnData(x_ng, obs=obs), tmp_path / "store", threads=1)
+    settings = {"model": "scanvi", "label_key": "kind", "base_epochs": 0, "max_epochs": 1, "n_hidden": 8}
+    with pytest.warns(StreamxWarning, match="'unknown' counts as a label.*\\n.*--unlabeled unknown"):
+        sx.train(store, tmp_path / "taken", **settings)
+    sx.train(store, tmp_path / "left_out", unlabeled="unknown", **settings)
+    found = [load_model(tmp_path / name).schema.labels for name in ("taken", "left_out")]
+    assert found == [("B", "unknown"), ("B",)]
 
 
 def test_other_settings_are_another_model(view: Collection, tmp_path: Path) -> None:

@@ -245,6 +245,29 @@ def test_wrong_settings(view: Collection, tmp_path: Path) -> None:
             train(view, tmp_path / "model", **SMALL | wrong)
     with pytest.raises(UsageError, match="holds a store or view"):
         train(view, view.path, **SMALL)
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "donor1.h5ad").touch()
+    for place in (tmp_path / "files", tmp_path / "files" / "donor1.h5ad"):
+        with pytest.raises(UsageError, match="holds other files, and no model"):
+            train(view, place, **SMALL)
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["donor1.h5ad"]
+
+
+def test_the_bar_shows_the_loss_alone(
+    view: Collection, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shown: list[dict[str, str]] = []
+    monkeypatch.setattr("streamx.train.fit.tqdm.set_postfix", lambda bar, values: shown.append(values))
+    result = train(view, tmp_path / "model", **SMALL)
+    assert len(shown) == result.epochs
+    assert [list(values) for values in shown] == [["loss"]] * result.epochs
+    assert float(shown[-1]["loss"]) == pytest.approx(result.loss, rel=1e-4)
+
+
+def test_scalex_refuses_raw_counts(tmp_path: Path) -> None:
+    raw = write_view(tmp_path / "view", SIZES, transform={})
+    with pytest.raises(UsageError, match="holds raw counts"):
+        train(raw, tmp_path / "model", **SMALL)
 
 
 def test_every_flipped_bit_is_noticed(trained: tuple[Path, TrainResult], tmp_path: Path) -> None:

@@ -126,7 +126,10 @@ def expand(item: Any) -> list[Any]:
 def folder_members(folder: Path) -> list[Path]:
     """What a folder is or holds: one input (AnnData-Zarr, one mtx), or files and such folders."""
     if (folder / "streamx.json").exists():
-        raise UsageError("this is a streamx store, not an input", where=str(folder), fix="use it directly")
+        fix = "name the files that it was made of; or give it where a STORE or VIEW is asked for"
+        raise UsageError("this is a streamx store, not an input", where=str(folder), fix=fix)
+    if (folder / "model.json").exists():
+        raise UsageError("this is a model, not an input", where=str(folder), fix="name files of cells")
     if is_input_folder(folder):
         return [folder]
     files = sorted(p for p in folder.iterdir() if not p.name.startswith("."))

@@ -28,14 +28,17 @@ def memory_source(item: Any, request: Request) -> Source:
     if hasattr(item, "mod"):
         chosen = choose_modality(list(item.mod), request.modality, location)
         adata = item.mod[chosen]
-    names = ["X", *(["raw"] if adata.raw is not None else []), *adata.layers.keys()]
+    names = [n for n, held in (("X", adata.X), ("raw", adata.raw)) if held is not None]
+    names += adata.layers.keys()
     wanted = request.layer or "X"
     matrix = adata.X if wanted == "X" else adata.raw.X if wanted == "raw" and adata.raw is not None else None
     if matrix is None and wanted in adata.layers:
         matrix = adata.layers[wanted]
     if matrix is None:
         raise BadFileError(
-            f"no {wanted}; it has {', '.join(names)}", where=location, fix="name one as layer="
+            f"no {wanted}; it has {', '.join(names) or 'no matrix at all'}",
+            where=location,
+            fix="name one as layer=" if names else "give the cells with their counts",
         )
     var = adata.raw.var if wanted == "raw" and adata.raw is not None else adata.var
     obs, var = adata.obs.copy(deep=False), var.copy(deep=False)

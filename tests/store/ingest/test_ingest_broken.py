@@ -247,6 +247,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], dict, type[StreamxError], str]] 
     "no such file": (lambda f: f / "nothing.h5ad", {}, UsageError, "no such file"),
     "glob without match": (lambda f: f / "*.h5ad", {}, UsageError, "nothing matches"),
     "empty folder": (lambda f: f, {}, UsageError, "holds no input"),
+    "a model": (lambda f: text("model.json", "{}")(f).parent, {}, UsageError, "is a model, not an input"),
     "zarr without X": (zarr_without_x, {}, BadFileError, "no X|chunks of X/data are missing"),
     "zarr lost a chunk": (
         lambda f: make_zarr(f, lose_chunk=True),

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from streamx.errors import UsageError
+from streamx.errors import BadFileError, UsageError
 from streamx.store.ingest import open_sources
 
 MATRIX = "%%MatrixMarket matrix coordinate integer general\n%\n2 2 1\n1 1 3\n"
@@ -101,6 +101,16 @@ def test_objects_and_names(many: Path, tmp_path: Path) -> None:
 def test_what_is_no_input(item: object, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no input"):
         keys(item, tmp_path=tmp_path)
+
+
+def test_an_object_without_a_matrix_says_what_it_has(tmp_path: Path) -> None:
+    bare = ad.AnnData(obs=adata().obs, var=adata().var)
+    with pytest.raises(BadFileError, match="no X; it has no matrix at all"):
+        keys(bare, tmp_path=tmp_path)
+    bare.layers["counts"] = adata().X
+    with pytest.raises(BadFileError, match="no X; it has counts\n"):
+        keys(bare, tmp_path=tmp_path)
+    assert keys(bare, tmp_path=tmp_path, layer="counts")
 
 
 def test_a_store_is_no_input(tmp_path: Path) -> None:
