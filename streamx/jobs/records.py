@@ -11,6 +11,7 @@ from streamx.errors import SettingsChangedError, UsageError
 from streamx.jobs.plan import PLAN
 from streamx.store.ingest.source import file_checksum
 from streamx.store.location import Location, is_url
+from streamx.store.manifest import dump
 
 RECORDS, TIMINGS = "records", "timings"
 
@@ -34,6 +35,15 @@ def read_record(out: Location, name: str, kind: str = RECORDS) -> dict[str, Any]
     """Record (or timings) of a query, or None."""
     key = f"{kind}/{name}.json"
     return json.loads(out.read(key)) if out.exists(key) else None
+
+
+def write_record(out: Location, record: Mapping[str, Any]) -> None:
+    """Put the record of a query in place; a failure never replaces what another process has recorded."""
+    key = f"{RECORDS}/{record['name']}.json"
+    if record["error"] is None:
+        out.write(key, dump(record))
+    else:
+        out.create(key, dump(record))
 
 
 def finished(out: Location, name: str) -> bool:

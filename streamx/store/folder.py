@@ -142,7 +142,7 @@ class Folder:
             os.link(tmp, target)  # unlike a rename, fails where there is one
             return True
         except FileExistsError:
-            return False
+            return tmp.stat().st_nlink > 1  # the answer to our link got lost on a network's file system
         except OSError as error:
             raise storage_error(error, f"{self.root}/{key}") from error
         finally:
@@ -152,7 +152,15 @@ class Folder:
     def put_tree(self, produce: Callable[[Put], None]) -> None:
         partial = Folder(self.root.with_name(f".{self.root.name}.partial"))
         shutil.rmtree(partial.root, ignore_errors=True)
-        produce(partial.write)
+        written = set[str]()
+
+        def put(key: str, *data: Bytes) -> None:
+            partial.write(key, *data)
+            written.add(key)
+
+        produce(put)
+        if set(partial.list()) != written:  # another began after us, and took ours away
+            raise LockedError("another process is writing here", where=str(self.root))
         if self.root.exists():
             shutil.rmtree(self.root)
         os.replace(partial.root, self.root)

@@ -247,7 +247,7 @@ def test_novel_cells(job):
     labelling = collect(job / "strange", ReportConfig(metrics=False), progress=False).queries[0].labelling
     assert labelling.novel == {kind: n if kind == "pDC" else 0 for kind, n in labelling.counts.items()}
     assert labelling.n_novel > 0
-    found, _, page = made(job, "strange", metrics=False)
+    _, _, page = made(job, "strange", metrics=False)
     assert "of the placed are novel" in page.text
     names = [attrs["data-name"] for attrs in page.all("td") if "data-name" in attrs]
     assert names.count("novel") == 2 + sum(
