@@ -87,6 +87,8 @@ def _take(out: Location, name: str, seen: Seen) -> str | None:
 def _beat(out: Location, key: str, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
         with contextlib.suppress(Exception):  # a beat that fails is made good by the next one
+            if not holds(out, key):
+                return
             out.write(key, dump(_myself()))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamx.errors import SettingsChangedError, UsageError
+from streamx.errors import BadFileError, SettingsChangedError, UsageError
 from streamx.jobs.plan import PLAN
 from streamx.store.ingest.source import file_checksum
 from streamx.store.location import Location, is_url
@@ -28,7 +28,10 @@ def read_plan(out: Location) -> dict[str, Any]:
         raise UsageError(
             f"holds no {PLAN}", where=str(out), fix="streamx map REFERENCE QUERY... -o OUT begins a job"
         )
-    return json.loads(out.read(PLAN))
+    try:
+        return json.loads(out.read(PLAN))
+    except ValueError:
+        raise BadFileError("is no JSON", where=f"{out}/{PLAN}", fix="begin the job anew, elsewhere") from None
 
 
 def read_record(out: Location, name: str, kind: str = RECORDS) -> dict[str, Any] | None:
