@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 PLAN = "map.json"
-UPDATED = "updated.model"
 # Settings that change how the work is done and not its result.
 FREE = ("device", "memory", "threads", "workers", "on_error", "checkpoint_seconds")
 _STEPS = {"project": ProjectConfig, "transfer": TransferConfig, "metrics": MetricsConfig}

@@ -18,10 +18,10 @@ import numpy as np
 
 from streamx.errors import IntegrityError, StreamxError, StreamxWarning, named
 from streamx.jobs.claims import Seen, claimed, holds
-from streamx.jobs.plan import UPDATED, Steps
+from streamx.jobs.plan import Steps
 from streamx.jobs.records import TIMINGS, finished, stamp, write_record
 from streamx.labels import encode_labels
-from streamx.mapping import REFERENCE, Cells, metrics, read_cells, read_reference, transfer
+from streamx.mapping import REFERENCE, UPDATED, Cells, metrics, read_cells, read_reference, transfer
 from streamx.memory import give_back, peak_rss_bytes, reset_peak
 from streamx.project import project
 from streamx.store.location import Location

@@ -446,7 +446,9 @@ def test_workers_that_die_over_a_query(
 
 
 @pytest.mark.parametrize("mode", ["per-query", "incremental"])
-def test_surgery(counts_reference: Path, files: list[str], tmp_path: Path, mode: str) -> None:
+def test_surgery(
+    reference: Path, counts_reference: Path, files: list[str], tmp_path: Path, mode: str
+) -> None:
     settings = {"label_key": "type", "surgery": mode, "max_epochs": 1, "metrics": False, "device": "cpu"}
     found = sx.map(counts_reference, files[:2], tmp_path / "out", **settings, **QUIET)
     assert found["done"] == 2
@@ -459,6 +461,11 @@ def test_surgery(counts_reference: Path, files: list[str], tmp_path: Path, mode:
     before = digests(tmp_path / "out")
     sx.map(counts_reference, files[:2], tmp_path / "out", **settings, **QUIET)
     assert digests(tmp_path / "out") == before
+    # the other verbs know these latents for those of the reference's space, and another reference's not
+    scores = sx.metrics(counts_reference, tmp_path / "out", label_key="type", resolution="1", threads=1)
+    assert scores["n_cells"] == 200 + 120
+    with pytest.raises(UsageError, match="was mapped with another model"):
+        sx.metrics(reference, tmp_path / "out", label_key="type")
 
 
 def test_surgery_is_refused_where_it_can_not_be(
