@@ -67,7 +67,7 @@ def map_query(job: Job, query: Mapping[str, Any]) -> bool:
             try:
                 found = _mapped(job, query)
             except Exception as error:
-                log.error("%s: %s", name, error, exc_info=log.isEnabledFor(logging.DEBUG))
+                log.error("%s: %s", name, named(error), exc_info=log.isEnabledFor(logging.DEBUG))
                 found = {"error": error_of(error)}
         told = [str(w.message) for w in caught if issubclass(w.category, StreamxWarning)]
         for text in told:

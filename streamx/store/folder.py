@@ -139,10 +139,11 @@ class Folder:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             tmp.write_bytes(data)
-            os.link(tmp, target)  # unlike a rename, fails where there is one
+            try:
+                os.link(tmp, target)  # unlike a rename, fails where there is one
+            except FileExistsError:
+                return tmp.stat().st_nlink > 1  # the answer to our link got lost on a network's file system
             return True
-        except FileExistsError:
-            return tmp.stat().st_nlink > 1  # the answer to our link got lost on a network's file system
         except OSError as error:
             raise storage_error(error, f"{self.root}/{key}") from error
         finally:

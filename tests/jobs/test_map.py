@@ -269,11 +269,13 @@ def test_queries_that_others_have_in_work_are_not_done() -> None:
 
 
 def test_a_query_twice_and_two_of_one_name(reference: Path, files: list[str], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="two inputs would both be called"):
+    with pytest.raises(UsageError, match=r"q00\.h5ad is given twice"):
         sx.map(reference, [files[0], files[0]], tmp_path / "out", **QUIET)
     with pytest.raises(UsageError, match="two queries are called 'q00'"):
         sx.map(reference, [files[0], f"q00={files[1]}"], tmp_path / "out", **QUIET)
     assert not (tmp_path / "out").exists()
+    with pytest.raises(StorageError, match="can't be written"):
+        sx.map(reference, [files[0]], Path(files[1]), **QUIET)  # a file for a folder
 
 
 def test_a_plan_that_is_damaged(reference: Path, files: list[str], tmp_path: Path) -> None:
