@@ -130,7 +130,7 @@ def _overview(facts: Facts, color: Mapping[str, str], overview: Sequence[Picture
     n = len(facts.sketch.origin_n)
     n_own = int((facts.sketch.origin_n < 0).sum())
     drawn = f"UMAP of {n_own:,} cells of the reference, {n - n_own:,} of the queries placed into it;"
-    drawn = f'<p class="soft">{drawn} drawn at random where there are more.</p>'
+    drawn = f'<p class="soft">{drawn} where there are more, drawn by label, with some of each.</p>'
     return f'<h2>Where the cells lie</h2><div class="pictures">{figures}</div>{_legend(facts, color)}{drawn}'
 
 
