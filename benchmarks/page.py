@@ -31,7 +31,10 @@ WAYS = {
     "report": ["report", "{out}", "-o", "{place}/page.html"],
     "report without metrics": ["report", "{out}", "-o", "{place}/page.html", "--no-metrics"],
     "plot": ["plot", "{model}", "{out}", "-o", "{place}/figures", "--label-key", "kind"],
-    "plot, reference alone": ["plot", "{model}", "-o", "{place}/figures", "--label-key", "kind"],
+    "plot, UMAP fitted on 10,000": [
+        *("plot", "{model}", "{out}", "-o", "{place}/figures", "--label-key", "kind"),
+        *("--max-cells", "10000"),
+    ],
 }
 
 
