@@ -58,7 +58,7 @@ def _agreement(scores: Mapping[str, Any]) -> str:
     n, recall = scores["n_scored"], scores["recall"]
     text = f"<h3>Given labels</h3><p>{', '.join(told)}, of {n:,} cells; those not placed count as wrong.</p>"
     least = dict(sorted(recall.items(), key=lambda pair: (pair[1], pair[0]))[:MOST_LABELS])
-    summary = f"<summary>share found of each of {len(recall):,} labels, the worst first</summary>"
+    summary = f"<summary>Share found of each of {len(recall):,} labels, the worst first</summary>"
     return f"{text}<details>{summary}{fact_list(least)}</details>"
 
 

@@ -140,7 +140,7 @@ def test_page_of_a_job(job):
         "label column",
         "transfer truth_key",
         "recall of their search",
-        "share found of each of 5 labels",
+        "Share found of each of 5 labels",
         "CPU seconds of all queries3.8",  # of 1.25 each
     ):
         assert said in page.text
