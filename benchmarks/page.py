@@ -10,22 +10,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from provenance import commit, machine
+from surgery import run
 
 import streamx as sx
 from streamx.store.latents import write_latents
 
-CLI = [sys.executable, "-m", "streamx"]
 N_LABELS, N_LATENT, N_BATCHES = 20, 10, 8
 WAYS = {
     "report": ["report", "{out}", "-o", "{place}/page.html"],
@@ -78,31 +74,6 @@ def write_job(folder: Path, n_reference: int, n_queries: int, n_each: int) -> No
     (folder / "out/map.json").write_text(json.dumps(plan))
 
 
-def measured(words: list[str]) -> dict[str, Any]:
-    """A command line in a process of its own."""
-    before, peak, begun = resource.getrusage(resource.RUSAGE_CHILDREN), 0, time.monotonic()
-    process = subprocess.Popen([*CLI, *words, "--json"], stdout=subprocess.PIPE, text=True)
-    while process.poll() is None:
-        peak = max(peak, anonymous(process.pid))
-        time.sleep(0.05)
-    assert process.stdout is not None
-    text = process.stdout.read()
-    if process.returncode:
-        sys.exit(f"streamx {' '.join(words)}: {text}")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    wall = time.monotonic() - begun
-    return {"cpu_s": round(cpu, 1), "wall_s": round(wall, 1), "anonymous_peak_bytes": peak}
-
-
-def anonymous(pid: int) -> int:
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-    except (OSError, StopIteration):
-        return 0
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -121,7 +92,8 @@ def main() -> None:
                 (folder / way).mkdir()
                 row: dict[str, Any] = {"benchmark": "page", "way": way, "n_reference": n_reference}
                 row |= {"n_queries": n_queries, "n_each": n_each}
-                row |= measured([word.format(**places) for word in WAYS[way]])
+                found = run(*(word.format(**places) for word in WAYS[way]))
+                row |= {name: found[name] for name in ("cpu_s", "wall_s", "anonymous_peak_bytes")}
                 row["bytes"] = sum(p.stat().st_size for p in (folder / way).rglob("*.*") if p.is_file())
                 row |= {"commit": commit(), "machine": machine(), "streamx": sx.__version__}
                 print(json.dumps(row), flush=True)
