@@ -59,6 +59,11 @@ def collect(output: str | Path | Location, config: ReportConfig, *, progress: bo
             continue
         queries.append(described(cells, known, key, truth_key))
         sketches.append(_sketch(cells, at, None if key is None else f"{key}_pred", least, config.seed))
+    overall = []
+    if config.metrics and (len(mapped) > 1 or (mapped and not any(query.metrics for query in queries))):
+        how = settings.get("metrics") or {}
+        same = {name: how[name] for name in METRICS_AS_MAPPED if name in how}
+        overall = _overall(reference, mapped, key, truth_key, config, same)
     card = json.loads(model.read("model.json"))
     return Facts(
         reference=_reference(reference, card, key),
@@ -70,7 +75,7 @@ def collect(output: str | Path | Location, config: ReportConfig, *, progress: bo
             np.concatenate([part.label_n for part in sketches]),
             np.concatenate([part.uncertainty_n for part in sketches]),
         ),
-        metrics=_overall(reference, mapped, queries, key, truth_key, config, settings.get("metrics") or {}),
+        metrics=overall,
         about=_about(plan, card, config),
         settings=dict(_flat(settings)),
     )
@@ -182,15 +187,12 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
 def _overall(
     reference: Cells,
     mapped: list[Cells],
-    queries: Sequence[Query],
     key: str | None,
     truth_key: str | None,
     config: ReportConfig,
     settings: Mapping[str, Any],
 ) -> list[Metric]:
-    """Mixing and separation over the reference and all queries; of a single one its job may have them."""
-    if not config.metrics or not mapped or (len(mapped) == 1 and any(query.metrics for query in queries)):
-        return []
+    """Mixing and separation over the reference and all queries."""
     given = [cells for cells in mapped if truth_key in cells.columns]
     scored = bool(given) and all(f"{key}_pred" in cells.columns for cells in given)
     found = metrics(
@@ -201,6 +203,6 @@ def _overall(
         truth_key=truth_key if scored else None,
         seed=config.seed,
         threads=config.threads,
-        **{name: settings[name] for name in METRICS_AS_MAPPED if name in settings},
+        **settings,
     )
     return metric_rows(found)
