@@ -22,6 +22,7 @@
 
 from __future__ import annotations
 
+import errno
 import warnings
 
 
@@ -111,6 +112,25 @@ class ResourceError(StreamxError):
 
 class StreamxWarning(UserWarning):
     """Something that a user should know and that does not stop the work."""
+
+
+def named(error: BaseException) -> StreamxError:
+    """The error as one of ours: memory, disks and files keep their kind, anything else is internal."""
+    if isinstance(error, StreamxError):
+        return error
+    if isinstance(error, MemoryError):
+        return ResourceError("out of memory", fix="give a smaller --memory, or fewer --threads")
+    if isinstance(error, OSError) and error.errno is not None:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        kind, fix = (ResourceError, "free some space") if full else (StorageError, "mend it")
+        fix = f"{fix} and run the same command again"
+        if error.errno in (errno.EEXIST, errno.ENOTDIR):  # a file where a folder is to be
+            fix = "choose another place"
+        return kind(str(error.strerror), where=error.filename, fix=fix)
+    return StreamxError(
+        f"internal error: {type(error).__name__}: {str(error).strip() or 'no message'}",
+        fix="run again with --debug and report the traceback",
+    )
 
 
 def warn(what: str, *, where: str | None = None, fix: str | None = None) -> None:

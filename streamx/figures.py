@@ -16,14 +16,17 @@ import pandas as pd
 
 from streamx.config import PlotConfig, build
 from streamx.errors import UsageError
-from streamx.labels import encode_labels
+from streamx.labels import Labels, encode_labels, unify_labels
 from streamx.mapping import LATENT, Cells, batches_of, read_queries, read_reference
+from streamx.mapping.cells import IN_MEMORY
+from streamx.neighbors.blocks import Stacked, finite_rows, settle
 from streamx.plots import confusion, embedding, history, meta, meta2, place, umap
 from streamx.plots.layout import sketch_rows
 from streamx.plots.style import palette
 from streamx.store.location import follow, local_folder, open_location
 
 BATCH, ORIGIN, REFERENCE = "batch", "origin", "reference"
+MOST_QUERIES = 24  # that have a panel each; more are drawn as one, `report` shows each
 UMAP_SETTINGS = ("n_neighbors", "min_dist", "max_cells", "seed", "label_key", "batch_key")
 
 
@@ -37,6 +40,8 @@ class Drawn:
 
 def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **settings: Any) -> list[str]:
     """Draw a reference and, if named, the queries mapped onto it.
+
+    More than 24 queries are drawn as one.
 
     ============================  ======================================================================
     history                       losses over epochs
@@ -96,7 +101,7 @@ def draw(model: str | Path, mapped: str | Path | None, output: str | Path, **set
             show=False,
         )
     if config.label_key is not None:
-        _draw_labels(cells, config.label_key, queries, path)
+        _draw_labels(cells, config.label_key, path)
     return paths
 
 
@@ -161,7 +166,7 @@ def _read_coordinates(file: Path, made_from: dict[str, Any]) -> tuple[np.ndarray
 
 def _origins_with(cells: Drawn, color: str) -> list[str]:
     """The reference and those queries that say anything in this column: a panel each."""
-    known = cells.obs[color].notna() & (cells.obs[color].astype(str) != "")
+    known = encode_labels(cells.obs[color], ("",)).known_n
     return list(cells.obs.loc[known, ORIGIN].unique())
 
 
@@ -174,7 +179,7 @@ def _label_colors(cells: Drawn, key: str | None, color: str) -> dict[str, str] |
     return palette(sorted(names))
 
 
-def _draw_labels(cells: Drawn, key: str, queries: Sequence[Cells], path: Any) -> None:
+def _draw_labels(cells: Drawn, key: str, path: Any) -> None:
     """The figures that need labels, as far as there are any."""
     predicted = f"{key}_pred"
     if predicted in cells.obs:
@@ -187,11 +192,10 @@ def _draw_labels(cells: Drawn, key: str, queries: Sequence[Cells], path: Any) ->
     if not known.any():
         return
     meta(labelled, LATENT, color=key, batch=BATCH, save=path("meta"), show=False)
-    for query in queries:
-        if (labelled.obs[ORIGIN] == query.name).any() and (labelled.obs[ORIGIN] == REFERENCE).any():
-            pair = [REFERENCE, query.name]
-            file = path(f"meta2_{query.name}")
-            meta2(labelled, LATENT, color=key, batch=ORIGIN, batches=pair, save=file, show=False)
+    origins = list(labelled.obs[ORIGIN].unique())
+    for name in origins[1:] if origins[0] == REFERENCE else ():
+        file = path(f"meta2_{name}")
+        meta2(labelled, LATENT, color=key, batch=ORIGIN, batches=[REFERENCE, name], save=file, show=False)
 
 
 def colors_of(config: PlotConfig, parts: Sequence[Cells]) -> list[str]:
@@ -214,30 +218,50 @@ def colors_of(config: PlotConfig, parts: Sequence[Cells]) -> list[str]:
 def gather(reference: Cells, queries: Sequence[Cells], config: PlotConfig, colors: Sequence[str]) -> Drawn:
     """Cells that have a latent, with the columns that figures need; what a part lacks is missing there."""
     parts = [reference, *queries]
-    latent_nk = np.concatenate([part.latent_nk for part in parts])
+    latent_nk = settle(Stacked([part.latents for part in parts]), IN_MEMORY)
     obs = pd.DataFrame(index=pd.RangeIndex(len(latent_nk)))
-    obs[ORIGIN] = np.repeat([REFERENCE, *(query.name for query in queries)], [part.n_cells for part in parts])
-    obs[BATCH] = np.concatenate(batches_of(reference, queries, config.batch_key))
+    if len(queries) > MOST_QUERIES:
+        names = [f"{len(queries)} queries"]
+        together = np.full(len(latent_nk) - reference.n_cells, names[0], dtype=object)
+        batches = [*batches_of(reference, [], config.batch_key), together]
+    else:
+        names = [f"{q.name} (query)" if q.name == REFERENCE else q.name for q in queries]
+        batches = batches_of(reference, queries, config.batch_key)
+    origin_n = np.repeat(np.arange(len(parts)), [part.n_cells for part in parts])
+    obs[ORIGIN] = pd.Categorical.from_codes(origin_n.clip(max=len(names)), [REFERENCE, *names])
+    obs[BATCH] = _categorical([encode_labels(part, ()) for part in batches])
     key = config.label_key
     for name in dict.fromkeys([*colors, *([] if key is None else [key, f"{key}_pred"])]):
         if name not in (BATCH, ORIGIN) and any(name in part.columns for part in parts):
             obs[name] = _united(
                 [part.column(name) if name in part.columns else part.n_cells for part in parts]
             )
-    known = np.isfinite(latent_nk).all(axis=1)
-    return Drawn(obs.loc[known], {LATENT: latent_nk[known]})
+    known = finite_rows(latent_nk)
+    if not known.all():
+        obs, latent_nk = obs.loc[known], latent_nk[known]
+    return Drawn(obs, {LATENT: latent_nk})
 
 
-def _united(parts: Sequence[pd.Series | int]) -> np.ndarray:
+def _united(parts: Sequence[pd.Series | int]) -> Any:
     """One column from several: numbers where all are, else text; an int stands for so many missing values."""
     given = [part for part in parts if not isinstance(part, int)]
     numeric = all(pd.api.types.is_numeric_dtype(part) and part.dtype != bool for part in given)
-    pieces = []
-    for part in parts:
-        if isinstance(part, int):
-            pieces.append(np.full(part, np.nan if numeric else "", dtype=float if numeric else object))
-        elif numeric:
-            pieces.append(part.to_numpy(dtype=float, na_value=np.nan))
-        else:
-            pieces.append(encode_labels(part, ()).text())
-    return np.concatenate(pieces)
+    if not numeric:
+        return _categorical(
+            [
+                Labels(np.full(part, -1, np.int32), []) if isinstance(part, int) else encode_labels(part, ())
+                for part in parts
+            ]
+        )
+    return np.concatenate(
+        [
+            np.full(part, np.nan) if isinstance(part, int) else part.to_numpy(dtype=float, na_value=np.nan)
+            for part in parts
+        ]
+    )
+
+
+def _categorical(parts: Sequence[Labels]) -> pd.Categorical:
+    """One column of labels: four bytes a cell, however long they are."""
+    united = unify_labels(*parts)
+    return pd.Categorical.from_codes(np.concatenate([part.codes_n for part in united]), united[0].names)

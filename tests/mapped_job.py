@@ -43,9 +43,12 @@ def write_reference(model: Path, n: int = 240, kinds: Sequence[str] = KINDS) -> 
 
 
 def write_query(out: Path, name: str, n: int = 40, seed: int = 1, **uns: Any) -> None:
-    """One mapped query whose cells have given and transferred labels; every tenth did not pass."""
+    """One mapped query whose cells have given and transferred labels; every tenth did not pass.
+
+    ``novelty``: also how strange each cell is; all of the last kind are.
+    """
     rng = np.random.default_rng(seed)
-    kinds = uns.pop("kinds", KINDS)
+    kinds, novelty = uns.pop("kinds", KINDS), uns.pop("novelty", False)
     given = np.array(kinds, dtype=object)[rng.integers(len(kinds), size=n)]
     predicted = np.where(rng.random(n) < 0.8, given, kinds[0]).astype(object)
     latent_nk, uncertainty = latents(rng, given, 0.3), rng.random(n).astype(np.float32) / 2
@@ -53,6 +56,8 @@ def write_query(out: Path, name: str, n: int = 40, seed: int = 1, **uns: Any) ->
     batches = uns.pop("batches", ("b1", "b2"))
     obs = pd.DataFrame({"kind": given, "donor": np.array(batches, dtype=object)[np.arange(n) % len(batches)]})
     obs["kind_pred"], obs["kind_uncertainty"] = pd.Categorical(predicted), uncertainty
+    if novelty:
+        obs["kind_novelty"] = np.where(predicted == kinds[-1], 0.96, 0.5).astype(np.float32)
     obs.index = pd.Index([f"{seed}-{i}" for i in range(n)])
     about = {"query": name, "model": "abc", "norm": "matched", "gene_overlap": 0.9, "n_genes_found": 45}
     about |= {"batch_key": "donor", "missing_genes": ["g1", "g2"], "fingerprint": json.dumps({"inputs": {}})}
@@ -67,7 +72,11 @@ def write_job(model: Path, out: Path, names: Sequence[str], failed: Sequence[str
     every = [*names, *failed]
     plan = {
         "reference": {"path": f"../{model.name}", "id": "abc"},
-        "settings": {"label_key": "kind", "transfer": {"truth_key": "kind"}},
+        "settings": {
+            "label_key": "kind",
+            "transfer": {"truth_key": "kind"},
+            "metrics": {"max_cells": 200, "resolution": "1", "unlabeled": ["Unknown"]},
+        },
         "queries": [{"name": name, "source": [f"/data/{at}.h5ad"]} for at, name in enumerate(every)],
         "versions": {"streamx": "0.1.0"},
     }
@@ -82,9 +91,11 @@ def write_job(model: Path, out: Path, names: Sequence[str], failed: Sequence[str
             record["error"] = {"what": "no counts", "where": f"/data/{at}.h5ad", "fix": "--allow-float"}
         else:
             record["metrics"] = {"ilisi": 0.425, "nmi": None, "details": details}
+            record["transfer"] = {"method": "vote", "n_neighbors": 5, "knn_recall": 1.0}
             if at < 3:
                 write_query(out, name, seed=at + 1, **uns)
             else:  # quicker, where there are many
                 shutil.copytree(out / f"{names[at % 3]}.zarr", out / f"{name}.zarr")
         (out / "records" / f"{name}.json").write_text(json.dumps(record))
-        (out / "timings" / f"{name}.json").write_text(json.dumps({"seconds": 1.5, "peak_rss_bytes": 10**9}))
+        spent = {"seconds": 1.5, "cpu_seconds": 1.25, "peak_rss_bytes": 10**9}
+        (out / "timings" / f"{name}.json").write_text(json.dumps(spent))

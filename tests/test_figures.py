@@ -56,6 +56,27 @@ def test_queries_that_come_later_leave_the_reference_as_it_is(folders, tmp_path)
     np.testing.assert_array_equal(stored(tmp_path / "others")[0], xy)  # fitted beside queries: the same
 
 
+def test_many_queries_are_drawn_as_one(folders, tmp_path, monkeypatch):
+    model, mapped = folders
+    monkeypatch.setattr("streamx.figures.MOST_QUERIES", 2)
+    write(mapped / "reference.zarr", 10, 5, "x")  # a query may be called so
+    config = PlotConfig(label_key="kind")
+    reference = read_reference(model)
+    cells = gather(reference, read_queries(mapped, reference), config, ["batch", "kind"])
+    assert cells.obs["origin"].value_counts().to_dict() == {
+        "reference": 199,
+        "q1": 39,
+        "reference (query)": 9,
+    }
+    write(mapped / "q2.zarr", 30, 2, "p")
+    cells = gather(reference, read_queries(mapped, reference), config, ["batch", "kind"])
+    assert cells.obs["origin"].value_counts().to_dict() == {"reference": 199, "3 queries": 77}
+    assert set(cells.obs["batch"]) == {"s0", "s1", "3 queries"}
+    assert set(cells.obs["kind"]) == set("abc")
+    paths = draw(model, mapped, tmp_path / "figures", label_key="kind", max_cells=60)
+    assert str(tmp_path / "figures" / "meta2_3 queries.png") in paths
+
+
 def placed(model, mapped, folder, **settings):
     folder.mkdir(exist_ok=True)
     config = PlotConfig(**settings)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import errno
 import logging
 import os
 import re
@@ -49,7 +48,7 @@ from streamx.cli import (
 )
 from streamx.cli.show import as_json, columns
 from streamx.cli.verb import Result, Verb
-from streamx.errors import ResourceError, StorageError, StreamxError, StreamxWarning
+from streamx.errors import StreamxWarning, named
 from streamx.memory import peak_rss_bytes
 
 VERBS: tuple[Verb, ...] = tuple(
@@ -242,34 +241,15 @@ def _terminal(debug: bool) -> Iterator[None]:
                 signal.signal(signal.SIGTERM, previous)
 
 
-def _named(error: BaseException) -> StreamxError:
-    """The error as one of ours: memory, disks and files keep their kind, anything else is internal."""
-    if isinstance(error, StreamxError):
-        return error
-    if isinstance(error, MemoryError):
-        return ResourceError("out of memory", fix="give a smaller --memory, or fewer --threads")
-    if isinstance(error, OSError) and error.errno is not None:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        kind, fix = (ResourceError, "free some space") if full else (StorageError, "mend it")
-        fix = f"{fix} and run the same command again"
-        if error.errno in (errno.EEXIST, errno.ENOTDIR):  # a file where a folder is to be
-            fix = "choose another place"
-        return kind(str(error.strerror), where=error.filename, fix=fix)
-    return StreamxError(
-        f"internal error: {type(error).__name__}: {str(error).strip() or 'no message'}",
-        fix="run again with --debug and report the traceback",
-    )
-
-
 def _report(error: BaseException, args: argparse.Namespace) -> int:
     if getattr(args, "debug", False):
         traceback.print_exception(error, file=sys.stderr)
-    named = _named(error)
-    print(f"streamx {args.verb}: {named}", file=sys.stderr)
+    ours = named(error)
+    print(f"streamx {args.verb}: {ours}", file=sys.stderr)
     if getattr(args, "json", False):
-        record = {"error": named.what, "kind": type(named).__name__, "where": named.where, "fix": named.fix}
-        print(as_json({**record, "exit_code": named.exit_code}))
-    return named.exit_code
+        record = {"error": ours.what, "kind": type(ours).__name__, "where": ours.where, "fix": ours.fix}
+        print(as_json({**record, "exit_code": ours.exit_code}))
+    return ours.exit_code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

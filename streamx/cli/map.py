@@ -60,18 +60,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Result:
     import streamx as sx
 
+    settings = given(args, MapConfig, *GROUPS.values(), skip=NOT_HERE)
     if args.plan is not None and args.task is not None:
-        call = _read(Path(args.plan))
+        call = _read(Path(args.plan)) | _of_this_machine(args, settings)
     elif args.reference is None or not args.queries or args.output is None:
         raise UsageError(
             "a job has a reference, queries and an output", fix="streamx map REFERENCE QUERY... -o OUT"
         )
     else:
-        settings = given(args, MapConfig, *GROUPS.values(), skip=NOT_HERE)
         call = {"reference": args.reference, "queries": args.queries, "output": args.output, **settings}
     if args.plan is not None and args.task is None:
         return _write(Path(args.plan), call)
     return sx.map(**call, task=args.task, dask=args.dask)
+
+
+def _of_this_machine(args: argparse.Namespace, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings given beside a plan: what changes how the work is done, and not its result."""
+    from streamx.jobs.plan import FREE
+
+    settled = [f"--{name.replace('_', '-')}" for name in settings if name not in FREE]
+    if args.reference is not None or args.queries or args.output is not None or settled:
+        raise UsageError(
+            f"the plan says what is mapped onto what, and how{': ' if settled else ''}{', '.join(settled)}",
+            where=args.plan,
+            fix="of settings, beside --plan and --task: --workers, --threads, --memory, --device",
+        )
+    return settings
 
 
 def _write(path: Path, call: dict[str, Any]) -> Result:
@@ -100,7 +114,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def exit_code(result: Result) -> int:
-    return PartialError.exit_code if result.get("failed") else 0
+    left = sum(result.get(state, 0) for state in ("failed", "running", "waiting"))
+    return PartialError.exit_code if left else 0
 
 
 VERB = Verb(

@@ -164,7 +164,7 @@ class ReportConfig:
     batch_key: str | None = option(
         None, "obs column with batches (default: the one that the store was made with)"
     )
-    metrics: bool = option(True, "score mixing and labels, unless the job has scored each query")
+    metrics: bool = option(True, "score mixing and labels of the reference and all queries together")
     max_cells: int = option(30_000, "draw at most this many cells, half of them of the reference", least=100)
     seed: int = option(0, "seed of the cells that are drawn, of the UMAP, and of sampled metrics", least=0)
     threads: int = option(0, "threads (0: one per core)", least=0)

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 from streamx.cluster import client_of
 from streamx.errors import SettingsChangedError, UsageError
 from streamx.jobs.claims import Seen, claimed, sweep
-from streamx.jobs.plan import PLAN, UPDATED, make_plan, parse_part, part_of, steps_of
-from streamx.jobs.records import RECORDS, check_inputs, finished, forget_failed, read_plan
+from streamx.jobs.plan import PLAN, make_plan, parse_part, part_of, steps_of
+from streamx.jobs.records import check_inputs, finished, forget_failed, read_plan, write_record
 from streamx.jobs.run import Job, error_of, forget
 from streamx.jobs.spread import Query, Spread, in_turn, on_dask, on_workers
 from streamx.jobs.status import status
-from streamx.mapping import read_reference
+from streamx.mapping import UPDATED, read_reference
 from streamx.project.run import sweep_scratch
 from streamx.query import requests
 from streamx.store.journal import first_difference
@@ -161,7 +161,7 @@ def _map_all(job: Job, queries: Sequence[Query], way: AbstractContextManager[Spr
 def _fail(job: Job, query: Query, error: dict[str, Any]) -> None:
     """A query that no process could bring to a record of its own."""
     record = {"name": query["name"], "source": query["source"], "error": error, "warnings": []}
-    job.output.write(f"{RECORDS}/{query['name']}.json", dump(record))
+    write_record(job.output, record)
 
 
 def _extend(job: Job, queries: Sequence[Query], progress: bool) -> None:

@@ -41,9 +41,8 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 PLAN = "map.json"
-UPDATED = "updated.model"
 # Settings that change how the work is done and not its result.
-_FREE = ("device", "memory", "threads", "workers", "on_error", "checkpoint_seconds")
+FREE = ("device", "memory", "threads", "workers", "on_error", "checkpoint_seconds")
 _STEPS = {"project": ProjectConfig, "transfer": TransferConfig, "metrics": MetricsConfig}
 
 
@@ -122,7 +121,7 @@ def decisive(steps: Steps) -> dict[str, Any]:
 
 def _bare(settings: dict[str, Any]) -> dict[str, Any]:
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()}
-    return {name: value for name, value in plain.items() if name not in _FREE}
+    return {name: value for name, value in plain.items() if name not in FREE}
 
 
 def make_plan(

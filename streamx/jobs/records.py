@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamx.errors import SettingsChangedError, UsageError
+from streamx.errors import BadFileError, SettingsChangedError, UsageError
 from streamx.jobs.plan import PLAN
 from streamx.store.ingest.source import file_checksum
 from streamx.store.location import Location, is_url
+from streamx.store.manifest import dump
 
 RECORDS, TIMINGS = "records", "timings"
 
@@ -27,13 +28,25 @@ def read_plan(out: Location) -> dict[str, Any]:
         raise UsageError(
             f"holds no {PLAN}", where=str(out), fix="streamx map REFERENCE QUERY... -o OUT begins a job"
         )
-    return json.loads(out.read(PLAN))
+    try:
+        return json.loads(out.read(PLAN))
+    except ValueError:
+        raise BadFileError("is no JSON", where=f"{out}/{PLAN}", fix="begin the job anew, elsewhere") from None
 
 
 def read_record(out: Location, name: str, kind: str = RECORDS) -> dict[str, Any] | None:
     """Record (or timings) of a query, or None."""
     key = f"{kind}/{name}.json"
     return json.loads(out.read(key)) if out.exists(key) else None
+
+
+def write_record(out: Location, record: Mapping[str, Any]) -> None:
+    """Put the record of a query in place; a failure never replaces what another process has recorded."""
+    key = f"{RECORDS}/{record['name']}.json"
+    if record["error"] is None:
+        out.write(key, dump(record))
+    else:
+        out.create(key, dump(record))
 
 
 def finished(out: Location, name: str) -> bool:

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from streamx.errors import IntegrityError, StreamxError, StreamxWarning
-from streamx.jobs.claims import Seen, claimed
-from streamx.jobs.plan import UPDATED, Steps
-from streamx.jobs.records import RECORDS, TIMINGS, finished, stamp
+from streamx.errors import IntegrityError, StreamxError, StreamxWarning, named
+from streamx.jobs.claims import Seen, claimed, holds
+from streamx.jobs.plan import Steps
+from streamx.jobs.records import TIMINGS, finished, stamp, write_record
 from streamx.labels import encode_labels
-from streamx.mapping import REFERENCE, Cells, metrics, read_cells, read_reference, transfer
+from streamx.mapping import REFERENCE, UPDATED, Cells, metrics, read_cells, read_reference, transfer
 from streamx.memory import give_back, peak_rss_bytes, reset_peak
 from streamx.project import project
 from streamx.store.location import Location
@@ -57,9 +57,9 @@ def map_query(job: Job, query: Mapping[str, Any]) -> bool:
     Whatever is wrong with it goes into its record: the others go on.
     """
     out, name = job.output, query["name"]
-    with _one_at_a_time, claimed(out, name, _seen) as ours:
-        if not ours or finished(out, name):
-            return ours
+    with _one_at_a_time, claimed(out, name, _seen) as claim:
+        if claim is None or finished(out, name):
+            return claim is not None
         reset_peak()
         begun, used = time.perf_counter(), time.process_time()
         with warnings.catch_warnings(record=True) as caught:
@@ -67,11 +67,14 @@ def map_query(job: Job, query: Mapping[str, Any]) -> bool:
             try:
                 found = _mapped(job, query)
             except Exception as error:
-                log.error("%s: %s", name, error)
+                log.error("%s: %s", name, named(error), exc_info=log.isEnabledFor(logging.DEBUG))
                 found = {"error": error_of(error)}
         told = [str(w.message) for w in caught if issubclass(w.category, StreamxWarning)]
         for text in told:
             log.warning("%s", text)
+        if not holds(out, claim):
+            log.warning("%s: another process took it over meanwhile", name)
+            return False
         record = {"name": name, "source": query["source"], **found, "warnings": told}
         spent = {
             "seconds": round(time.perf_counter() - begun, 3),
@@ -82,15 +85,16 @@ def map_query(job: Job, query: Mapping[str, Any]) -> bool:
             "stamps": [stamp(source) for source in query["source"]],
         }
         out.write(f"{TIMINGS}/{name}.json", dump(spent))
-        out.write(f"{RECORDS}/{name}.json", dump(record))
+        write_record(out, record)
         give_back()
         return True
 
 
 def error_of(error: Exception) -> dict[str, Any]:
-    if isinstance(error, StreamxError):
-        return {"what": error.what, "kind": type(error).__name__, "where": error.where, "fix": error.fix}
-    return {"what": str(error) or "no message", "kind": type(error).__name__, "where": None, "fix": None}
+    """What a record says of it; ``kind`` is the name of our class of errors, or of Python's."""
+    ours = named(error)
+    kind = type(ours if type(ours) is not StreamxError else error).__name__
+    return {"what": ours.what, "kind": kind, "where": ours.where, "fix": ours.fix}
 
 
 @lru_cache(maxsize=1)

@@ -17,13 +17,14 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from streamx.errors import ResourceError
+from streamx.errors import ResourceError, StreamxError
 from streamx.jobs.run import Job, map_query
 
 log = logging.getLogger("streamx")
 
 DEATHS = 5  # of workers over one query, or before one was ready
 READY, DONE, BUSY = b"ready\n", b"done\n", b"busy\n"
+ERROR = b"error "  # and a pickle in base64: of the job, not of the query
 
 Query = Mapping[str, Any]
 Spread = Callable[[Sequence[Query]], Iterator[tuple[Query, bool | str]]]  # finished? or what happened instead
@@ -71,6 +72,8 @@ def _share(
                     worker.query = None
                     yield query, answer == DONE
                     continue
+                if answer.startswith(ERROR):
+                    raise pickle.loads(base64.b64decode(answer.removeprefix(ERROR)))
                 selector.unregister(worker.answers)
                 workers.remove(worker)
                 how = worker.stop()
@@ -100,6 +103,7 @@ class _Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,
+            start_new_session=True,  # Ctrl-C is the coordinator's, which ends us
         )
         assert self.process.stdout is not None
         self.answers = self.process.stdout
@@ -140,6 +144,8 @@ def _submit(job: Job, queries: Sequence[Query], client: Any) -> Iterator[tuple[Q
     try:
         for future in as_completed(list(futures)):
             error = future.exception()
+            if isinstance(error, StreamxError):  # of the job: those of queries are recorded
+                raise error
             yield futures[future], f"{type(error).__name__}: {error}" if error else future.result()
     finally:
         client.cancel(list(futures))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from streamx.errors import IntegrityError, UsageError
-from streamx.jobs.claims import alive, held
+from streamx.jobs.claims import LEASE, alive, held
 from streamx.jobs.records import TIMINGS, read_plan, read_record
 from streamx.store.location import Location, open_location
 
@@ -32,7 +33,8 @@ def status(output: str | Path | Location, names: Sequence[str] | None = None) ->
         ``path``, ``n_queries``, how many are ``done``, ``failed``, ``running`` and ``waiting``, ``n_cells``
         and ``seconds`` of those that are done, and ``queries``: for each its ``name``, ``status``,
         ``n_cells``, ``n_passed``, ``gene_overlap``, ``accuracy`` (where truth is known), ``seconds``, ``by``
-        (machine and process, of those that run), ``n_warnings`` and ``error``.
+        (machine and process, of those that run; and for how long it has said nothing, if for more than a
+        minute: then a call of the job takes the query over), ``n_warnings`` and ``error``.
 
     Raises
     ------
@@ -89,4 +91,6 @@ def _holder(out: Location, key: str) -> str | None:
         holder = json.loads(out.read(key))
     except IntegrityError:  # it has just finished
         return None
-    return f"{holder['host']}:{holder['pid']}"
+    silent = time.time() - holder["time"]
+    told = f", silent for {silent / 60:.0f} min" if silent > LEASE else ""
+    return f"{holder['host']}:{holder['pid']}{told}"

@@ -1,7 +1,7 @@
 """A process that maps one query after the other, as the coordinator names them on stdin.
 
 A line each: first the job, then a query at a time (pickles in base64); answered by ``ready``, then ``done``
-or ``busy``. It ends when the coordinator closes stdin, or has died.
+or ``busy``, or what stops the whole job. It ends when the coordinator closes stdin, or has died.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import pickle
 import signal
 import sys
 
+from streamx.errors import named
 from streamx.jobs.run import map_query
-from streamx.jobs.spread import BUSY, DONE, READY
+from streamx.jobs.spread import BUSY, DONE, ERROR, READY
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the coordinator too, which ends us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a whole job step: the coordinator ends us
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=logging.WARNING)
     answers = os.dup(1)
     os.dup2(2, 1)  # what libraries print is no answer
@@ -27,7 +28,11 @@ def main() -> None:
     with contextlib.suppress(BrokenPipeError):
         os.write(answers, READY)
         for line in sys.stdin.buffer:
-            finished = map_query(job, pickle.loads(base64.b64decode(line)))
+            try:
+                finished = map_query(job, pickle.loads(base64.b64decode(line)))
+            except Exception as error:
+                os.write(answers, ERROR + base64.b64encode(pickle.dumps(named(error))) + b"\n")
+                return
             os.write(answers, DONE if finished else BUSY)
 
 

@@ -29,6 +29,7 @@ REFERENCE = "reference.zarr"
 LATENT = "X_scalex"
 INDEXES = "neighbors"
 RESTORE = "restore it from a copy, or make it again with the command that wrote it"
+UPDATED = "updated.model"  # in the output of a job: the reference and all queries' batches
 IN_MEMORY = 256_000_000  # bytes of latents
 
 
@@ -203,7 +204,7 @@ def read_queries(output: str | Path | Location, reference: Cells | None = None) 
     queries = [read_cells(location.below(name), name.removesuffix(".zarr")) for name in names]
     for query in queries if reference is not None else ():
         assert reference is not None
-        if None not in (query.model_id, reference.model_id) and query.model_id not in reference.model_ids:
+        if not _in_one_space(query, reference, location):
             home = follow(reference.location, "..")
             raise UsageError(
                 "was mapped with another model",
@@ -216,6 +217,21 @@ def read_queries(output: str | Path | Location, reference: Cells | None = None) 
                 f"has {sizes[0]} latent dimensions, the reference {sizes[1]}", where=str(query.path)
             )
     return queries
+
+
+def _in_one_space(query: Cells, reference: Cells, output: Location) -> bool:
+    """Whether a query was mapped with the reference; or with what a job made of it by surgery, which leaves
+    the latents of the reference's cells as they are. Where a file does not say, that is supposed.
+    """
+    if None in (query.model_id, reference.model_id) or query.model_id in reference.model_ids:
+        return True
+    for name in (f"{query.name}.model", UPDATED):
+        if output.exists(f"{name}/model.json"):
+            card = json.loads(output.read(f"{name}/model.json"))
+            known = {card.get("id"), *card.get("earlier", [])}
+            if query.model_id in known and known & reference.model_ids:
+                return True
+    return False
 
 
 def configured(kind: Any, config: Any, settings: dict[str, Any]) -> Any:

@@ -28,7 +28,7 @@ from streamx.store.location import Location, open_location
 
 def metrics(
     model: str | Path | Location | Cells,
-    output: str | Path | Location | Cells | None = None,
+    output: str | Path | Location | Cells | list[Cells] | None = None,
     config: MetricsConfig | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -44,8 +44,8 @@ def metrics(
     model
         Folder that ``train`` wrote; or its cells (:func:`read_reference`).
     output
-        Folder that ``project`` wrote; or one of its queries (:func:`read_cells`), taken as it is; None: the
-        reference alone.
+        Folder that ``project`` wrote; or one or several of its queries (:func:`read_cells`), taken as they
+        are; None: the reference alone.
     config, settings
         :class:`~streamx.config.MetricsConfig`, or its fields.
 
@@ -64,10 +64,10 @@ def metrics(
     if config.card and (output is not None or isinstance(model, Cells)):
         raise UsageError("a card holds the scores of the reference alone", fix="leave OUT out, or card=True")
     reference = model if isinstance(model, Cells) else read_reference(model)
-    if isinstance(output, Cells):
-        queries = [output]
+    if output is None or isinstance(output, Cells | list):
+        queries = [output] if isinstance(output, Cells) else output or []
     else:
-        queries = [] if output is None else read_queries(output, reference)
+        queries = read_queries(output, reference)
     everyone = [reference, *queries]
     batches = np.concatenate(batches_of(reference, queries, config.batch_key))
     labels = None

@@ -60,7 +60,7 @@ def umap(
     return xy_n2
 
 
-def sketch_rows(latent_nk: np.ndarray, size: int, strata: Any = None, seed: int = 0) -> np.ndarray:
+def sketch_rows(latent_nk: Any, size: int, strata: Any = None, seed: int = 0) -> np.ndarray:
     """Sorted rows with a latent: all, or `size` of them, of each stratum by its share.
 
     A stratum whose share is less than a tenth of an equal one gets that tenth (or all that it has), at the

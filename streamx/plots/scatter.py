@@ -175,8 +175,8 @@ def _panels(
     unknown = [group for group in chosen if group not in labels.names]
     if unknown:
         raise UsageError(f"{groupby} has no {', '.join(unknown)}", fix=f"one of {', '.join(labels.names)}")
-    text = labels.text()
-    return [(prefix + group, group, (text == group) & inside) for group in chosen]
+    code = {name: at for at, name in enumerate(labels.names)}
+    return [(prefix + group, group, (labels.codes_n == code[group]) & inside) for group in chosen]
 
 
 def _draw(
@@ -246,9 +246,8 @@ def _density(axes: Axes, xy_n2: np.ndarray, layers: Layers, paint: _Paint, look:
         lower = codes >= first
         canvas.lay_categories(cells[lower], codes[lower] - first, colors[first:])
         canvas.lay_categories(cells[~lower], codes[~lower], colors[:first])
-    axes.imshow(
-        canvas.picture(), extent=canvas.extent, origin="lower", interpolation="nearest", aspect="auto"
-    )
+    picture = np.rint(canvas.picture() * 255).astype(np.uint8)  # a figure holds those of all its panels
+    axes.imshow(picture, extent=canvas.extent, origin="lower", interpolation="nearest", aspect="auto")
     return drawn
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,24 +12,25 @@ import numpy as np
 from tqdm.auto import tqdm
 
 import streamx
-from streamx.config import UNLABELED, ReportConfig
+from streamx.config import ReportConfig
 from streamx.errors import BadFileError, UsageError
-from streamx.labels import Labels, crosstab, encode_labels
+from streamx.labels import Labels, encode_labels
 from streamx.mapping import Cells, metrics, read_cells, read_queries, read_reference
-from streamx.metrics import agreement
-from streamx.report.facts import BINS, Facts, Labelling, Metric, Query, Reference, Sketch
-from streamx.schema import WARN_BELOW
-from streamx.store.location import Location, follow, open_location
+from streamx.neighbors.blocks import take_rows
+from streamx.plots.layout import sketch_rows
+from streamx.report.facts import Facts, Metric, Query, Reference, Sketch
+from streamx.report.query import counts, described, metric_rows, recorded
+from streamx.store.location import Location, follow, is_there, open_location
 
 PLAN, NO_LABEL = "map.json", "unknown"
-MANY_LEFT_OUT, MANY_UNKNOWN, UNCERTAIN = 0.2, 0.2, 0.5  # above these a query is worth a second look
-SETTINGS_SHOWN = ("norm", "scale", "batch_key", "min_features")
+METRICS_AS_MAPPED = ("unlabeled", "max_cells", "resolution")  # settings of a job that hold for all of it too
 
 
 def collect(output: str | Path | Location, config: ReportConfig, *, progress: bool = True) -> Facts:
     """Read what ``project``, ``transfer`` and ``map`` left in a folder.
 
-    Columns and latents are read query by query; of them only counts and the cells to draw are kept.
+    Columns and latents are read query by query; of them only counts and the cells to draw are kept. Of a job
+    those queries count that have a record.
 
     Raises
     ------
@@ -40,33 +40,33 @@ def collect(output: str | Path | Location, config: ReportConfig, *, progress: bo
     out = open_location(output)
     plan = json.loads(out.read(PLAN)) if out.exists(PLAN) else {}
     model = _model_of(out, plan, config)
-    cells = read_reference(model)
-    parts = list(_planned(out, plan)) if plan else [(q, q.name) for q in read_queries(out, cells)]
-    mapped = [part for part, _ in parts if part is not None]
-    key = _label_key(config.label_key or plan.get("settings", {}).get("label_key"), mapped)
-    if config.truth_key is not None and not any(config.truth_key in part.columns for part in mapped):
+    reference = read_reference(model)
+    parts = list(_planned(out, plan) if plan else _found(out, reference))
+    mapped = [cells for cells, _ in parts if cells is not None]
+    settings = plan.get("settings", {})
+    key = _label_key(config.label_key or settings.get("label_key"), mapped)
+    if config.truth_key is not None and not any(config.truth_key in cells.columns for cells in mapped):
         raise UsageError(f"no query has the obs column {config.truth_key!r}", where=str(out))
-    card = json.loads(model.read("model.json"))
-    rng = np.random.default_rng(config.seed)
+    truth_key = config.truth_key or (settings.get("transfer") or {}).get("truth_key") or key
     share = config.max_cells // 2
-    sketches = [_sketch(cells, -1, key, share, rng)]
+    least = max(share // max(len(mapped), 1), 50)
+    sketches = [_sketch(reference, -1, key, share, config.seed)]
     queries = []
-    for at, (part, name) in enumerate(
-        tqdm(parts, desc="queries", unit="query", leave=False, disable=None if progress else True)
-    ):
-        known = _recorded(out, plan, name)
-        if part is None:
-            queries.append(replace(known, error=known.error or "is not mapped yet"))
+    bar = tqdm(parts, desc="queries", unit="query", leave=False, disable=None if progress else True)
+    for at, (cells, known) in enumerate(bar):
+        if cells is None:
+            queries.append(known)
             continue
-        truth = config.truth_key or (plan.get("settings", {}).get("transfer") or {}).get("truth_key") or key
-        queries.append(_query(part, known, key, truth))
-        least = max(share // len(mapped), 50)
-        sketches.append(_sketch(part, at, None if key is None else f"{key}_pred", least, rng))
+        queries.append(described(cells, known, key, truth_key))
+        sketches.append(_sketch(cells, at, None if key is None else f"{key}_pred", least, config.seed))
     overall = []
-    if config.metrics and mapped and not plan:
-        overall = metric_rows(_overall(model, out, mapped, key, config))
+    if config.metrics and (len(mapped) > 1 or (mapped and not any(query.metrics for query in queries))):
+        how = settings.get("metrics") or {}
+        same = {name: how[name] for name in METRICS_AS_MAPPED if name in how}
+        overall = _overall(reference, mapped, key, truth_key, config, same)
+    card = json.loads(model.read("model.json"))
     return Facts(
-        reference=_reference(cells, card, key),
+        reference=_reference(reference, card, key),
         queries=queries,
         label_key=key,
         sketch=Sketch(
@@ -77,7 +77,7 @@ def collect(output: str | Path | Location, config: ReportConfig, *, progress: bo
         ),
         metrics=overall,
         about=_about(plan, card, config),
-        settings=dict(_flat(plan.get("settings", {}))),
+        settings=dict(_flat(settings)),
     )
 
 
@@ -87,21 +87,30 @@ def _model_of(out: Location, plan: Mapping[str, Any], config: ReportConfig) -> L
     reference = plan.get("reference")
     path = reference.get("path") if isinstance(reference, dict) else reference
     if not path:
+        if not is_there(out):
+            raise UsageError("no such folder", where=str(out), fix="streamx map REFERENCE QUERY... -o OUT")
         raise UsageError(
             "does not say what it was mapped onto", where=str(out), fix="name the reference: --model MODEL"
         )
     return follow(out, path)
 
 
-def _planned(out: Location, plan: Mapping[str, Any]) -> Iterator[tuple[Cells | None, str]]:
-    """Cells of each query of a job, in its order; None where there are none (yet)."""
-    for query in plan["queries"]:
-        name = str(query["name"])
-        try:
-            cells = read_cells(out.below(f"{name}.zarr"), name)
-        except BadFileError:
-            cells = None
-        yield cells, name
+def _planned(out: Location, plan: Mapping[str, Any]) -> Iterator[tuple[Cells | None, Query]]:
+    """Each query of a job, in its order: its cells, if it is mapped, and what is recorded of it."""
+    for planned in plan["queries"]:
+        known, cells = recorded(out, planned), None
+        if known.error is None:
+            try:
+                cells = read_cells(out.below(f"{known.name}.zarr"), known.name)
+            except BadFileError:
+                known = replace(known, error=f"was mapped, and {known.name}.zarr is gone")
+        yield cells, known
+
+
+def _found(out: Location, reference: Cells) -> Iterator[tuple[Cells, Query]]:
+    """Each query that lies in a folder."""
+    for cells in read_queries(out, reference):
+        yield cells, Query(cells.name)
 
 
 def _label_key(asked: str | None, parts: Sequence[Cells]) -> str | None:
@@ -121,148 +130,20 @@ def _label_key(asked: str | None, parts: Sequence[Cells]) -> str | None:
     return asked or next(iter(found), None)
 
 
-# -- one query -----------------------------------------------------------------------------------------
-
-
-def _recorded(out: Location, plan: Mapping[str, Any], name: str) -> Query:
-    """What a job has written down of a query."""
-
-    def written(kind: str) -> dict[str, Any]:
-        return json.loads(out.read(f"{kind}/{name}.json")) if out.exists(f"{kind}/{name}.json") else {}
-
-    record, spent = written("records"), written("timings")
-    planned: dict[str, Any] = next((query for query in plan.get("queries", ()) if query["name"] == name), {})
-    sources = record.get("source") or planned.get("source") or ()
-    error = record.get("error")
-    if isinstance(error, dict):
-        error = ": ".join(str(error[part]) for part in ("where", "what") if error.get(part))
-        error += f" ({record['error']['fix']})" if record["error"].get("fix") else ""
-    return Query(
-        name=name,
-        source=", ".join(map(without_secrets, [sources] if isinstance(sources, str) else sources)),
-        error=None if error is None else without_secrets(error),
-        metrics=metric_rows(record.get("metrics") or {}),
-        warnings=[
-            without_secrets(str(text)).replace("\n  fix: ", "; to mend: ")
-            for text in record.get("warnings", ())
-        ],
-        about=_spent(spent) | _voted(record.get("transfer") or {}),
-    )
-
-
-def _spent(timings: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
-    for name in ("seconds", "cpu_seconds"):
-        if name in timings:
-            found[name] = f"{timings[name]:,.1f}"
-    if "peak_rss_bytes" in timings:
-        found["peak memory"] = f"{timings['peak_rss_bytes'] / 1e9:.2f} GB"
-    return found
-
-
-def _voted(transfer: Mapping[str, Any]) -> dict[str, Any]:
-    shown = {
-        "method": "labels by",
-        "n_neighbors": "neighbours that vote",
-        "knn_recall": "recall of their search",
-    }
-    return {words: transfer[name] for name, words in shown.items() if name in transfer}
-
-
-def _query(cells: Cells, known: Query, key: str | None, truth_key: str | None) -> Query:
-    """The facts of a query that was mapped."""
-    uns = _uns(cells)
-    passed = np.isfinite(cells.latents[:]).all(axis=1)
-    fingerprint = json.loads(uns.get("fingerprint", "{}"))
-    batch_key = uns.get("batch_key")
-    batches = {} if batch_key not in cells.columns else _counts(encode_labels(cells.column(batch_key), ()))
-    labelling, given, scores = None, None, {}
-    if key is not None and f"{key}_pred" in cells.columns:
-        predicted = encode_labels(cells.column(f"{key}_pred"), ())
-        uncertainty = cells.column(f"{key}_uncertainty").to_numpy(dtype=float)
-        labelling = _labelling(predicted.take(passed), uncertainty[passed])
-        if truth_key in cells.columns:
-            truth = encode_labels(cells.column(truth_key), UNLABELED)
-            given = crosstab(truth.take(passed), predicted.take(passed))
-            scores = agreement(truth, predicted)
-            scores.pop("recall")
-    query = replace(
-        known,
-        n_cells=cells.n_cells,
-        n_passed=int(passed.sum()),
-        gene_overlap=uns.get("gene_overlap"),
-        n_genes_found=uns.get("n_genes_found"),
-        missing_genes=uns.get("missing_genes", []),
-        batches=batches,
-        labelling=labelling,
-        given=given if given is not None and given.size else None,
-        agreement=scores if scores.get("n_scored") else {},
-        about={"model": uns.get("model")}
-        | {f"input {name}": without_secrets(str(of)) for name, of in fingerprint.get("inputs", {}).items()}
-        | {name: uns[name] for name in SETTINGS_SHOWN if uns.get(name) is not None}
-        | known.about,
-    )
-    return replace(query, warnings=[*query.warnings, *second_looks(query, uns)])
-
-
-def second_looks(query: Query, uns: Mapping[str, Any]) -> list[str]:
-    """What a reader should know of a query; what its job has warned of already is not said again."""
-    found = []
-    told = " ".join(query.warnings)
-    if query.gene_overlap is not None and query.gene_overlap < WARN_BELOW and "genes" not in told:
-        found.append(f"has {query.gene_overlap:.0%} of the reference's genes; the others count as zero")
-    left_out = query.n_cells - query.n_passed
-    if left_out > MANY_LEFT_OUT * query.n_cells and "without a latent" not in told:
-        found.append(f"{left_out:,} of {query.n_cells:,} cells did not pass the filter")
-    small = uns.get("reference_statistics") or []
-    if small and "statistics" not in told:
-        found.append(f"too few cells for statistics of their own: {', '.join(small[:5])}")
-    if query.labelling is not None and query.n_passed:
-        unknown = sum(query.labelling.counts.get(name, 0) for name in UNLABELED) / query.n_passed
-        if unknown > MANY_UNKNOWN:
-            found.append(f"{unknown:.0%} of the cells stayed Unknown: types that the reference lacks?")
-        if query.labelling.mean > UNCERTAIN:
-            found.append(f"labels are uncertain: {query.labelling.mean:.2f} on average")
-    return found
-
-
-def _labelling(predicted: Labels, uncertainty_n: np.ndarray) -> Labelling:
-    n_l = np.bincount(predicted.codes_n[predicted.known_n], minlength=len(predicted.names))
-    known = predicted.known_n & np.isfinite(uncertainty_n)
-    sums = np.bincount(predicted.codes_n[known], uncertainty_n[known], minlength=len(predicted.names))
-    bins = np.clip((uncertainty_n[known] * BINS).astype(int), 0, BINS - 1)
-    order = sorted(range(len(n_l)), key=lambda code: (-n_l[code], predicted.names[code]))
-    return Labelling(
-        {predicted.names[code]: int(n_l[code]) for code in order},
-        {predicted.names[code]: float(sums[code] / max(n_l[code], 1)) for code in order},
-        np.bincount(bins, minlength=BINS),
-        float(uncertainty_n[known].mean()) if known.any() else float("nan"),
-    )
-
-
-def _sketch(cells: Cells, origin: int, column: str | None, most: int, rng: np.random.Generator) -> Sketch:
-    """At most so many cells with a latent, drawn at random."""
-    latent_nk = cells.latents[:]
-    rows = np.flatnonzero(np.isfinite(latent_nk).all(axis=1))
-    if len(rows) > most:
-        rows = np.sort(rng.choice(rows, most, replace=False))
-    labels = np.full(len(rows), NO_LABEL, dtype=object)
+def _sketch(cells: Cells, origin: int, column: str | None, most: int, seed: int) -> Sketch:
+    """At most so many cells with a latent, drawn by their labels: of rare ones some are seen too."""
+    label = None
     if column is not None and column in cells.columns:
-        labels = encode_labels(cells.column(column), ("",)).text(NO_LABEL)[rows]
+        label = encode_labels(cells.column(column), ("",))
+    rows = sketch_rows(cells.latents, most, None if label is None else label.codes_n, seed)
+    names = np.full(len(rows), NO_LABEL, dtype=object)
+    if label is not None:
+        names = Labels(label.codes_n[rows], label.names).text(NO_LABEL)
     uncertainty = np.full(len(rows), np.nan)
-    if column is not None and origin >= 0 and f"{column.removesuffix('_pred')}_uncertainty" in cells.columns:
-        uncertainty = cells.column(f"{column.removesuffix('_pred')}_uncertainty").to_numpy(dtype=float)[rows]
-    return Sketch(latent_nk[rows], np.full(len(rows), origin), labels, uncertainty)
-
-
-def _uns(cells: Cells) -> dict[str, Any]:
-    """What ``project`` wrote of a query: texts, numbers and lists."""
-    try:
-        group: Any = cells.group["uns/streamx"]
-    except KeyError:
-        return {}
-    values = {str(name): np.asarray(group[name][()]) for name in group.array_keys()}
-    return {name: value.item() if value.ndim == 0 else value.tolist() for name, value in values.items()}
+    beside = None if column is None else f"{column.removesuffix('_pred')}_uncertainty"
+    if origin >= 0 and beside in cells.columns:
+        uncertainty = cells.column(str(beside)).to_numpy(dtype=float)[rows]
+    return Sketch(take_rows(cells.latents, rows), np.full(len(rows), origin), names, uncertainty)
 
 
 # -- the whole -----------------------------------------------------------------------------------------
@@ -279,8 +160,8 @@ def _reference(cells: Cells, card: Mapping[str, Any], key: str | None) -> Refere
         name=str(follow(cells.location, "..")),
         n_cells=cells.n_cells,
         n_genes=len(card["genes"]) if "genes" in card else None,
-        batches=_counts(encode_labels(known[batch_key], ())) if batch_key in known else {},
-        labels=_counts(encode_labels(known[key])) if key in known else {},
+        batches=counts(encode_labels(known[batch_key], ())) if batch_key in known else {},
+        labels=counts(encode_labels(known[key])) if key in known else {},
         about={name: value for name, value in about.items() if value is not None},
     )
 
@@ -303,48 +184,25 @@ def _flat(settings: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, 
             yield before + name, ", ".join(map(str, value)) if isinstance(value, list) else value
 
 
-def _counts(labels: Labels) -> dict[str, int]:
-    n_l = np.bincount(labels.codes_n[labels.known_n], minlength=len(labels.names))
-    return {labels.names[code]: int(n_l[code]) for code in np.argsort(-n_l, kind="stable")}
-
-
 def _overall(
-    model: Location, out: Location, parts: Sequence[Cells], key: str | None, config: ReportConfig
-) -> dict[str, Any]:
+    reference: Cells,
+    mapped: list[Cells],
+    key: str | None,
+    truth_key: str | None,
+    config: ReportConfig,
+    settings: Mapping[str, Any],
+) -> list[Metric]:
     """Mixing and separation over the reference and all queries."""
-    truth = config.truth_key or key
-    scored = key is not None and any(
-        truth in part.columns and f"{key}_pred" in part.columns for part in parts
-    )
-    return metrics(
-        model,
-        out,
+    given = [cells for cells in mapped if truth_key in cells.columns]
+    scored = bool(given) and all(f"{key}_pred" in cells.columns for cells in given)
+    found = metrics(
+        reference,
+        mapped,
         label_key=key,
         batch_key=config.batch_key,
-        truth_key=truth if scored else None,
+        truth_key=truth_key if scored else None,
         seed=config.seed,
         threads=config.threads,
+        **settings,
     )
-
-
-def metric_rows(found: Mapping[str, Any]) -> list[Metric]:
-    """Metrics as ``streamx metrics`` gives them, with what is known of each."""
-    rows = []
-    for name, how in found.get("details", {}).items():
-        interval = how.get("ci95")
-        rows.append(
-            Metric(
-                name,
-                found.get(name),
-                None if interval is None else (float(interval[0]), float(interval[1])),
-                int(how.get("n", 0)),
-                how.get("reason"),
-            )
-        )
-    return rows
-
-
-def without_secrets(text: str) -> str:
-    """A place as one may show it: no user, password or signature in its URL (R34)."""
-    text = re.sub(r"(\w+://)[^/@\s]*@", r"\1", text)
-    return re.sub(r"(\w+://[^?#\s]*)[?#]\S*", r"\1", text)
+    return metric_rows(found)

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from streamx.config import UNLABELED
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -15,7 +17,13 @@ BINS = 10  # of the histogram of uncertainties, from 0 to 1
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric, its 95 % interval if it was sampled, the cells that it rests on, or why it has no value."""
+    """A metric, its 95 % interval if it was sampled, the cells that it rests on.
+
+    Attributes
+    ----------
+    reason
+        Why it has no value; or, of one without an interval, why it is not exact.
+    """
 
     name: str
     value: float | None
@@ -36,12 +44,23 @@ class Labelling:
         Cells per tenth of the uncertainty, (10,).
     mean
         Mean uncertainty; NaN without cells.
+    novel
+        Cells per label that are stranger to the reference than 95 % of its own; None if nobody asked.
     """
 
     counts: dict[str, int]
     uncertainty: dict[str, float]
     histogram: np.ndarray
     mean: float
+    novel: dict[str, int] | None = None
+
+    @property
+    def n_unknown(self) -> int:
+        return sum(self.counts.get(label, 0) for label in UNLABELED)
+
+    @property
+    def n_novel(self) -> int | None:
+        return None if self.novel is None else sum(self.novel.values())
 
 
 @dataclass(frozen=True)
@@ -59,7 +78,9 @@ class Query:
     agreement
         Accuracy and its kin, where labels were given.
     about
-        Further facts for the record: hashes, settings, time, memory.
+        Further facts for the record: hashes, settings.
+    spent
+        ``seconds``, ``cpu_seconds`` and ``peak_rss_bytes`` of mapping it, where a job has measured them.
     """
 
     name: str
@@ -77,6 +98,7 @@ class Query:
     metrics: list[Metric] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     about: dict[str, Any] = field(default_factory=dict)
+    spent: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -119,7 +141,7 @@ class Facts:
     Attributes
     ----------
     metrics
-        Of the reference and all queries together; empty where each query has its own.
+        Of the reference and all queries together; empty if a single query has them.
     about, settings
         Versions, and the settings of the job.
     """

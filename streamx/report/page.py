@@ -9,14 +9,27 @@ from pathlib import Path
 import streamx
 from streamx.plots.style import NO_COLOR
 from streamx.report.facts import Facts, Query
-from streamx.report.parts import cell, chip, fact_list, figure, flow_of, metrics_table, n_unknown, table
+from streamx.report.parts import (
+    MEANINGS,
+    cell,
+    chip,
+    fact_list,
+    figure,
+    flow_of,
+    metrics_table,
+    table,
+)
 from streamx.report.pictures import Picture, sankey_svg
-from streamx.report.section import MOST_LABELS, left_out, section
+from streamx.report.section import MOST_LABELS, TIMES, left_out, section
 from streamx.report.text import NONE, escape, name, number, share, shortened
 
 # Even if a name slipped through unescaped, a browser would load and run nothing.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 MOST_NOTES, MOST_CHIPS, MOST_ROWS = 12, 60, 30
+IN_A_ROW = (  # metrics with a column in the table of all queries: more would not fit
+    *("batch_entropy_mixing", "ilisi", "kbet", "asw_batch"),
+    *("clisi", "asw_label", "nmi", "graph_connectivity"),
+)
 
 
 def make_page(
@@ -47,8 +60,9 @@ def make_page(
         _notes(facts),
         _overview(facts, color, overview),
         _flows(facts, color),
-        metrics_table(facts.metrics, "h2"),
+        metrics_table(facts.metrics, "h2", "the reference and all queries"),
         _table(facts, color),
+        _scores(facts),
         _queries(facts, color, pictures, flows),
         _origin(facts),
     ]
@@ -78,8 +92,12 @@ def _tiles(facts: Facts) -> str:
     if overlaps:
         tiles.append((f"{min(overlaps):.1%}", "least gene overlap"))
     if facts.label_key is not None and n_passed:
-        unknown = sum(n_unknown(q) for q in mapped)
+        labellings = [q.labelling for q in mapped if q.labelling is not None]
+        unknown = sum(labelling.n_unknown for labelling in labellings)
         tiles.append((share(unknown, n_passed), "of the placed stayed Unknown"))
+        if any(labelling.novel is not None for labelling in labellings):
+            novel = sum(labelling.n_novel or 0 for labelling in labellings)
+            tiles.append((share(novel, n_passed), "of the placed are novel; 5 % by chance"))
     if scored:
         n = sum(q.agreement["n_scored"] for q in scored)
         right = sum(q.agreement["accuracy"] * q.agreement["n_scored"] for q in scored) / n
@@ -112,7 +130,7 @@ def _overview(facts: Facts, color: Mapping[str, str], overview: Sequence[Picture
     n = len(facts.sketch.origin_n)
     n_own = int((facts.sketch.origin_n < 0).sum())
     drawn = f"UMAP of {n_own:,} cells of the reference, {n - n_own:,} of the queries placed into it;"
-    drawn = f'<p class="soft">{drawn} drawn at random where there are more.</p>'
+    drawn = f'<p class="soft">{drawn} where there are more, drawn by label, with some of each.</p>'
     return f'<h2>Where the cells lie</h2><div class="pictures">{figures}</div>{_legend(facts, color)}{drawn}'
 
 
@@ -143,8 +161,10 @@ def _table(facts: Facts, color: Mapping[str, str]) -> str:
         return ""
     scored = any(query.agreement for query in facts.queries)
     labelled = facts.label_key is not None
+    asked = any(query.labelling is not None and query.labelling.novel is not None for query in facts.queries)
     columns = [("query", ""), ("cells", "n"), ("placed", "n"), ("genes found", "n")]
     columns += [("Unknown", "n"), ("uncertainty", "n")] if labelled else []
+    columns += [("novel", "n")] if asked else []
     columns += [("accuracy", "n")] if scored else []
     columns += [("labels", "")] if labelled else []
     rows = []
@@ -159,10 +179,14 @@ def _table(facts: Facts, color: Mapping[str, str]) -> str:
             cell("placed", share(query.n_passed, query.n_cells), "n"),
             cell("genes found", _percent(query.gene_overlap), "n"),
         ]
+        found = query.labelling
         if labelled:
-            mean = None if query.labelling is None else query.labelling.mean
-            cells.append(cell("Unknown", share(n_unknown(query), query.n_passed), "n"))
-            cells.append(cell("uncertainty", number(mean), "n"))
+            unknown = NONE if found is None else share(found.n_unknown, query.n_passed)
+            cells.append(cell("Unknown", unknown, "n"))
+            cells.append(cell("uncertainty", number(None if found is None else found.mean), "n"))
+        if asked:
+            novel = None if found is None else found.n_novel
+            cells.append(cell("novel", NONE if novel is None else share(novel, query.n_passed), "n"))
         if scored:
             cells.append(cell("accuracy", number(query.agreement.get("accuracy")), "n"))
         if labelled:
@@ -171,6 +195,31 @@ def _table(facts: Facts, color: Mapping[str, str]) -> str:
     opened = " open" if len(rows) <= MOST_ROWS else ""
     summary = f"<summary>{len(rows):,} queries in a table</summary>"
     return f"<h2>Queries</h2><details{opened}>{summary}{table(columns, rows)}</details>"
+
+
+def _scores(facts: Facts) -> str:
+    """The metrics of each query with the reference, in one table; the others are in its own part."""
+    values = {at: {metric.name: metric for metric in query.metrics} for at, query in enumerate(facts.queries)}
+    values = {at: found for at, found in values.items() if found}
+    names = [name for name in IN_A_ROW if any(name in found for found in values.values())]
+    if len(values) < 2 or not names:
+        return ""
+    rows = []
+    for at, found in values.items():
+        cells = [f'<th scope="row"><a href="#q{at}">{name(facts.queries[at].name, 60)}</a></th>']
+        for what in names:
+            metric = found.get(what)
+            text = number(None if metric is None else metric.value)
+            if metric is not None and metric.interval is not None:
+                low, high = map(number, metric.interval)
+                text += f' <span class="soft">{low} to {high}</span>'
+            cells.append(cell(what.replace("_", " "), text, "n"))
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    columns = [("query", ""), *((what.replace("_", " "), "n") for what in names)]
+    meant = fact_list({what.replace("_", " "): MEANINGS[what] for what in names})
+    told = '<p class="soft">Of each query with the reference; small: the 95 % interval, where sampled.</p>'
+    summary = f"<summary>Metrics of {len(rows):,} queries in a table</summary>"
+    return f"<details>{summary}{told}{table(columns, rows)}{meant}</details>"
 
 
 def _percent(part: float | None) -> str:
@@ -213,6 +262,10 @@ def _origin(facts: Facts) -> str:
     about = {"reference": reference.name, "cells": reference.n_cells, "genes": reference.n_genes}
     if facts.label_key is not None:
         about["label column"] = facts.label_key
+    spent = [query.spent for query in facts.queries if query.spent]
+    for measured, what in TIMES.items():
+        if any(measured in found for found in spent):
+            about[f"{what} of all queries"] = f"{sum(found.get(measured, 0) for found in spent):,.1f}"
     text = f"<h2>Where this comes from</h2>{fact_list(about | reference.about | facts.about)}"
     for what, counts in (("batches", reference.batches), ("labels", reference.labels)):
         if counts:

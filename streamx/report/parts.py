@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from streamx.config import UNLABELED
-from streamx.report.facts import Metric, Query
+from streamx.report.facts import Metric
 from streamx.report.pictures import Picture
 from streamx.report.text import escape, name, number
 
@@ -37,7 +36,7 @@ def flow_of(counts: Any, svg: str) -> str:
     return f'<p class="soft">Left: given, right: transferred; {n:,} cells that have both.</p>{svg}'
 
 
-def metrics_table(metrics: Sequence[Metric], heading: str) -> str:
+def metrics_table(metrics: Sequence[Metric], heading: str, of: str) -> str:
     """A row per metric: value, interval, cells, meaning."""
     if not metrics:
         return ""
@@ -58,7 +57,7 @@ def metrics_table(metrics: Sequence[Metric], heading: str) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
     columns = ("metric", ""), ("value", "n"), ("exact, or 95 % interval", ""), ("cells or draws", "n")
     shown = table([*columns, ("meaning", "")], rows)
-    return f"<{heading}>Metrics in the latent space</{heading}>{shown}"
+    return f"<{heading}>Metrics in the latent space: {of}</{heading}>{shown}"
 
 
 def table(columns: Sequence[tuple[str, str]], rows: Sequence[str]) -> str:
@@ -84,13 +83,8 @@ def chip(color: str) -> str:
 def fact_list(about: Mapping[str, Any]) -> str:
     """Names and values; what is None is left out."""
     rows = [
-        f"<dt>{name(what.replace('_', ' '), 80)}</dt><dd>{number(value)}</dd>"
+        f"<dt>{name(what, 80)}</dt><dd>{number(value)}</dd>"
         for what, value in about.items()
         if value is not None
     ]
     return f"<dl>{''.join(rows)}</dl>" if rows else ""
-
-
-def n_unknown(query: Query) -> int:
-    counts = {} if query.labelling is None else query.labelling.counts
-    return sum(counts.get(label, 0) for label in UNLABELED)

@@ -12,6 +12,7 @@ from streamx.report.pictures import Picture, histogram_svg
 from streamx.report.text import name, number, share
 
 MOST_LABELS, MOST_GENES = 40, 60
+TIMES = {"seconds": "seconds", "cpu_seconds": "CPU seconds"}  # of mapping a query
 
 
 def section(query: Query, color: Mapping[str, str], picture: Picture | None, flow: str | None) -> str:
@@ -27,22 +28,38 @@ def section(query: Query, color: Mapping[str, str], picture: Picture | None, flo
     if query.agreement:
         parts.append(_agreement(query.agreement))
         parts.append(left_out("flow of labels") if flow is None else flow_of(query.given, flow))
-    parts.append(metrics_table(query.metrics, "h3"))
+    parts.append(metrics_table(query.metrics, "h3", "the reference and this query"))
     parts.append(_genes(query))
     about = {"source": query.source} if query.source else {}
-    about |= {
-        f"batch {label}": f"{count:,} cells" for label, count in list(query.batches.items())[:MOST_LABELS]
-    }
-    parts.append(f"<h3>Record</h3>{fact_list(about | query.about)}")
+    about |= _batches(query.batches)
+    parts.append(f"<h3>Record</h3>{fact_list(about | query.about | _spent(query.spent))}")
     return "".join(parts)
+
+
+def _batches(counts: Mapping[str, int]) -> dict[str, str]:
+    """The largest ones, and how many there are more."""
+    shown = {f"batch {label}": f"{count:,} cells" for label, count in list(counts.items())[:MOST_LABELS]}
+    more = list(counts.values())[MOST_LABELS:]
+    return shown | ({f"and {len(more):,} more batches": f"{sum(more):,} cells"} if more else {})
+
+
+def _spent(spent: Mapping[str, Any]) -> dict[str, str]:
+    found = {what: f"{spent[measured]:,.1f}" for measured, what in TIMES.items() if measured in spent}
+    if "peak_rss_bytes" in spent:
+        found["peak memory"] = f"{spent['peak_rss_bytes'] / 1e9:.2f} GB"
+    return found
 
 
 def _agreement(scores: Mapping[str, Any]) -> str:
     told = [
-        f"{what.replace('_', ' ')} {number(value)}" for what, value in scores.items() if what != "n_scored"
+        f"{what.replace('_', ' ')} {number(scores[what])}"
+        for what in ("accuracy", "balanced_accuracy", "macro_f1")
     ]
-    n = scores["n_scored"]
-    return f"<h3>Given labels</h3><p>{', '.join(told)}, of {n:,} cells; those not placed count as wrong.</p>"
+    n, recall = scores["n_scored"], scores["recall"]
+    text = f"<h3>Given labels</h3><p>{', '.join(told)}, of {n:,} cells; those not placed count as wrong.</p>"
+    least = dict(sorted(recall.items(), key=lambda pair: (pair[1], pair[0]))[:MOST_LABELS])
+    summary = f"<summary>Share found of each of {len(recall):,} labels, the worst first</summary>"
+    return f"{text}<details>{summary}{fact_list(least)}</details>"
 
 
 def left_out(what: str) -> str:
@@ -62,7 +79,7 @@ def _figures(query: Query, picture: Picture | None) -> str:
 
 def _composition(query: Query, color: Mapping[str, str]) -> str:
     assert query.labelling is not None
-    counts = query.labelling.counts
+    counts, novel = query.labelling.counts, query.labelling.novel
     most = max(counts.values(), default=1)
     rows = []
     for label, count in list(counts.items())[:MOST_LABELS]:
@@ -71,9 +88,11 @@ def _composition(query: Query, color: Mapping[str, str]) -> str:
         rows.append(
             f'<tr><th scope="row">{chip(shade)}{name(label, 120)}</th>{cell("cells", number(count), "n")}'
             f"{cell('share', f'{share(count, query.n_passed)} {bar}')}"
-            f"{cell('uncertainty', number(query.labelling.uncertainty[label]), 'n')}</tr>"
+            f"{cell('uncertainty', number(query.labelling.uncertainty[label]), 'n')}"
+            f"{'' if novel is None else cell('novel', share(novel[label], count), 'n')}</tr>"
         )
-    shown = table([("label", ""), ("cells", "n"), ("share", ""), ("uncertainty", "n")], rows)
+    columns = [("label", ""), ("cells", "n"), ("share", ""), ("uncertainty", "n")]
+    shown = table(columns if novel is None else [*columns, ("novel", "n")], rows)
     rest = list(counts.values())[MOST_LABELS:]
     more = f'<p class="soft">and {sum(rest):,} cells of {len(rest):,} rarer labels</p>' if rest else ""
     return f"<h3>Transferred labels</h3>{shown}{more}" if rows else ""

@@ -139,10 +139,11 @@ class Folder:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             tmp.write_bytes(data)
-            os.link(tmp, target)  # unlike a rename, fails where there is one
+            try:
+                os.link(tmp, target)  # unlike a rename, fails where there is one
+            except FileExistsError:
+                return tmp.stat().st_nlink > 1  # the answer to our link got lost on a network's file system
             return True
-        except FileExistsError:
-            return False
         except OSError as error:
             raise storage_error(error, f"{self.root}/{key}") from error
         finally:
@@ -152,7 +153,15 @@ class Folder:
     def put_tree(self, produce: Callable[[Put], None]) -> None:
         partial = Folder(self.root.with_name(f".{self.root.name}.partial"))
         shutil.rmtree(partial.root, ignore_errors=True)
-        produce(partial.write)
+        written = set[str]()
+
+        def put(key: str, *data: Bytes) -> None:
+            partial.write(key, *data)
+            written.add(key)
+
+        produce(put)
+        if set(partial.list()) != written:  # another began after us, and took ours away
+            raise LockedError("another process is writing here", where=str(self.root))
         if self.root.exists():
             shutil.rmtree(self.root)
         os.replace(partial.root, self.root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,12 +18,14 @@ from typing import Any
 
 import anndata as ad
 import numpy as np
+import psutil
 import pytest
 from mapping_jobs import SETTINGS, digests, make_queries, make_reference
 
 import streamx as sx
+from streamx.cli import map as map_verb
 from streamx.cli.main import main
-from streamx.errors import PartialError, SettingsChangedError, UsageError
+from streamx.errors import BadFileError, PartialError, SettingsChangedError, StorageError, UsageError
 from streamx.jobs import run, spread
 from streamx.jobs.claims import claimed, held
 from streamx.store.folder import Folder
@@ -213,6 +216,14 @@ def test_parts_and_a_plan_in_a_file(
         assert main(["map", "--plan", str(plan), "--task", f"{number}/3", "--json"]) == 0
         assert [row["name"] for row in json.loads(capsys.readouterr().out)["queries"]] == names
     assert digests(out) == digests(whole)
+    capsys.readouterr()
+    beside = ["map", "--plan", str(plan), "--task", "1/3"]
+    for more in (["--label-key", "type"], ["-o", str(out)], [str(model), files[0]], ["--metrics"]):
+        with contextlib.suppress(SystemExit):  # argparse knows no --metrics
+            assert main([*beside, *more]) == UsageError.exit_code
+        assert "the plan says" in capsys.readouterr().err or more == ["--metrics"]
+    assert main([*beside, "--workers", "2", "--memory", "1GB"]) == 0
+    assert digests(out) == digests(whole)
     assert main(["map", str(model), "--json"]) == UsageError.exit_code
     assert main(["map", "--plan", str(tmp_path / "none.json"), "--task", "1/2", "--json"]) == 2
 
@@ -248,6 +259,121 @@ def test_what_another_process_has_is_waited_for(
     call.join()
     assert mapped == ["q00", "q03", "q02"]
     assert digests(out) == digests(whole)
+
+
+def test_queries_that_others_have_in_work_are_not_done() -> None:
+    assert map_verb.exit_code({"done": 3, "failed": 0, "running": 0, "waiting": 0}) == 0
+    for state in ("failed", "running", "waiting"):
+        assert map_verb.exit_code({"done": 2, state: 1}) == PartialError.exit_code
+    assert map_verb.exit_code({"plan": "job.json", "queries": []}) == 0
+
+
+def test_a_query_twice_and_two_of_one_name(reference: Path, files: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"q00\.h5ad is given twice"):
+        sx.map(reference, [files[0], files[0]], tmp_path / "out", **QUIET)
+    with pytest.raises(UsageError, match="two queries are called 'q00'"):
+        sx.map(reference, [files[0], f"q00={files[1]}"], tmp_path / "out", **QUIET)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(StorageError, match="can't be written"):
+        sx.map(reference, [files[0]], Path(files[1]), **QUIET)  # a file for a folder
+
+
+def test_a_plan_that_is_damaged(reference: Path, files: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "map.json").write_text("{")
+    with pytest.raises(BadFileError, match="is no JSON"):
+        sx.status(tmp_path / "out")
+    with pytest.raises(BadFileError, match="is no JSON"):
+        sx.map(reference, files, tmp_path / "out", **QUIET)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_records_that_can_not_be_written(
+    reference: Path, files: list[str], tmp_path: Path, workers: int
+) -> None:
+    """That ends the job, in words, also when a worker meets it: no query is to blame."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "records").write_text("a file where a folder should be")
+    with pytest.raises(StorageError, match="can't be written"):
+        sx.map(reference, files[:2], out, workers=workers, metrics=False, **QUIET)
+    assert held(Folder(out)) == {}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c(reference: Path, files: list[str], whole: Path, tmp_path: Path, times: int) -> None:
+    out = tmp_path / "out"
+    words = ["map", place_beside(out, reference), *files, "-o", out, "--label-key", "type"]
+    words += ["--truth-key", "type", "--min-query-cells", "20", "--max-cells", "200", "--resolution", "1"]
+    command = [sys.executable, "-m", "streamx", *map(str, words), "--workers", "2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert wait_for(lambda: held(Folder(out)), process)
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.05)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "stopped; the same command takes it up again" in told
+    assert "Traceback" not in told
+    assert sx.map(out.parent / "model", files, out, **SETTINGS)["done"] == 4
+    assert digests(out) == digests(whole)
+
+
+SLEEPER = """
+import os, signal, sys
+from pathlib import Path
+import streamx as sx
+from mapping_jobs import SETTINGS
+from streamx.jobs import claims
+from streamx.store.folder import Folder
+
+claims._machine = lambda: "elsewhere"
+model, out, at, *files = sys.argv[1:]
+write, done = Folder.write, [0]
+
+def sleeps(self, key, *data):
+    done[0] += 1
+    if done[0] == int(at):
+        os.kill(os.getpid(), signal.SIGSTOP)
+    write(self, key, *data)
+
+Folder.write = sleeps
+print(sx.map(model, files, out, **SETTINGS)["done"])
+"""
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("at", [2, 12, 30, 45])
+def test_a_machine_that_sleeps_and_wakes(
+    reference: Path, files: list[str], whole: Path, tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It sleeps while it writes a query's claim, cells or labels; another takes the query over."""
+    monkeypatch.setattr("streamx.jobs.claims.LEASE", 0.5)
+    monkeypatch.setattr("streamx.jobs.call.POLL_SECONDS", 0.1)
+    out = tmp_path / "out"
+    model = place_beside(out, reference)
+    path = os.pathsep.join([str(Path(__file__).parent.parent), str(Path(sx.__file__).parent.parent)])
+    sleeper = subprocess.Popen(
+        [sys.executable, "-c", SLEEPER, str(model), str(out), str(at), *files],
+        env=os.environ | {"PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+    )
+    stopped = psutil.Process(sleeper.pid)
+    assert wait_for(lambda: stopped.status() == psutil.STATUS_STOPPED, sleeper)
+    assert sx.map(model, files, out, **SETTINGS)["done"] == 4
+    assert without_halves(out) == digests(whole)
+    sleeper.send_signal(signal.SIGCONT)
+    assert sleeper.communicate(timeout=120)[0] == b"4\n"
+    assert sleeper.returncode == 0
+    assert without_halves(out) == digests(whole)
+
+
+def without_halves(out: Path) -> dict[str, str]:
+    """Digests, without what a process that was taken over has half-written beside the query."""
+    halves = (".scratch-", ".q")  # .q00.zarr.partial
+    return {name: digest for name, digest in digests(out).items() if not name.startswith(halves)}
 
 
 def wait_for(happens: Callable[[], Any], process: subprocess.Popen[bytes] | None = None) -> Any:
@@ -323,7 +449,9 @@ def test_workers_that_die_over_a_query(
 
 
 @pytest.mark.parametrize("mode", ["per-query", "incremental"])
-def test_surgery(counts_reference: Path, files: list[str], tmp_path: Path, mode: str) -> None:
+def test_surgery(
+    reference: Path, counts_reference: Path, files: list[str], tmp_path: Path, mode: str
+) -> None:
     settings = {"label_key": "type", "surgery": mode, "max_epochs": 1, "metrics": False, "device": "cpu"}
     found = sx.map(counts_reference, files[:2], tmp_path / "out", **settings, **QUIET)
     assert found["done"] == 2
@@ -336,6 +464,11 @@ def test_surgery(counts_reference: Path, files: list[str], tmp_path: Path, mode:
     before = digests(tmp_path / "out")
     sx.map(counts_reference, files[:2], tmp_path / "out", **settings, **QUIET)
     assert digests(tmp_path / "out") == before
+    # the other verbs know these latents for those of the reference's space, and another reference's not
+    scores = sx.metrics(counts_reference, tmp_path / "out", label_key="type", resolution="1", threads=1)
+    assert scores["n_cells"] + scores["n_without_latent"] == 200 + 120
+    with pytest.raises(UsageError, match="was mapped with another model"):
+        sx.metrics(reference, tmp_path / "out", label_key="type")
 
 
 def test_surgery_is_refused_where_it_can_not_be(

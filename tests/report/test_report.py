@@ -9,6 +9,7 @@ import shutil
 from html.parser import HTMLParser
 
 import numpy as np
+import pandas as pd
 import pytest
 from mapped_job import KINDS, write_job, write_query, write_reference
 
@@ -17,8 +18,9 @@ from streamx.config import ReportConfig
 from streamx.errors import UsageError
 from streamx.mapping import read_cells
 from streamx.report import pictures, run
-from streamx.report.collect import collect, without_secrets
+from streamx.report.collect import collect
 from streamx.report.facts import Sketch
+from streamx.report.query import metric_rows, without_secrets
 from streamx.report.text import escape
 from streamx.store.amend import amend
 
@@ -136,7 +138,10 @@ def test_page_of_a_job(job):
         "abc",
         "g1",
         "label column",
-        "transfer truth key",
+        "transfer truth_key",
+        "recall of their search",
+        "Share found of each of 5 labels",
+        "CPU seconds of all queries3.8",  # of 1.25 each
     ):
         assert said in page.text
     assert len([attrs for attrs in page.all("details") if "open" in attrs]) == 1  # the table; queries folded
@@ -206,11 +211,93 @@ def test_queries_change_nothing_of_the_reference(job):
 
 
 def test_query_that_is_not_mapped_yet(job):
-    shutil.rmtree(job / "out" / "second.zarr")
-    (job / "out" / "records" / "second.json").unlink()
+    (job / "out" / "records" / "second.json").unlink()  # its cells are there, somebody labels them just now
     found, _, page = made(job)
     assert found["n_failed"] == 2
-    assert "is not mapped yet" in page.text
+    assert "second: is not mapped yet" in page.text
+    assert len(page.all("img")) == 3  # nothing of it is drawn
+    shutil.rmtree(job / "out" / "first.zarr")
+    found, _, page = made(job)
+    assert found["n_failed"] == 3
+    assert "first: was mapped, and first.zarr is gone" in page.text
+
+
+def test_metrics_of_the_reference_and_all_queries(job):
+    settings = {"label_key": "kind", "truth_key": "kind", "max_cells": 200, "resolution": "1"}
+    whole = metric_rows(sx.metrics(job / "model", job / "out", **settings))
+    facts = collect(job / "out", ReportConfig(), progress=False)
+    assert facts.metrics == whole
+    assert [metric.n for metric in whole if metric.name == "ilisi"] == [200]
+    heading = "Metrics in the latent space: the reference and all queries"
+    _, _, page = made(job)
+    assert heading in page.text
+    assert page.text.count("Metrics in the latent space: the reference and this query") == 2
+    assert "Metrics of 2 queries in a table" in page.text
+    _, _, page = made(job, metrics=False)
+    assert heading not in page.text
+    write_job(job / "model", job / "single", ["alone"])  # whose metrics are those of the whole
+    _, _, page = made(job, "single")
+    assert heading not in page.text
+    assert "0.400 to 0.450" in page.text
+
+
+def test_novel_cells(job):
+    write_job(job / "model", job / "strange", ["first", "second"], novelty=True)
+    labelling = collect(job / "strange", ReportConfig(metrics=False), progress=False).queries[0].labelling
+    assert labelling.novel == {kind: n if kind == "pDC" else 0 for kind, n in labelling.counts.items()}
+    assert labelling.n_novel > 0
+    _, _, page = made(job, "strange", metrics=False)
+    assert "of the placed are novel" in page.text
+    names = [attrs["data-name"] for attrs in page.all("td") if "data-name" in attrs]
+    assert names.count("novel") == 2 + sum(
+        len(query.labelling.counts)
+        for query in collect(job / "strange", ReportConfig(metrics=False), progress=False).queries
+    )
+    _, _, page = made(job, metrics=False)
+    assert "novel" not in [attrs.get("data-name") for attrs in page.all("td")]
+
+
+def test_many_novel_cells_deserve_a_look(job):
+    write_query(job / "plain", "one", kinds=["pDC"], novelty=True)
+    _, _, page = made(job, "plain", model=job / "model", metrics=False)
+    assert "100% of the cells lie farther from the reference than 95 % of its own do" in page.text
+
+
+def test_rare_labels_are_drawn(job):
+    facts = collect(job / "out", ReportConfig(max_cells=100, metrics=False), progress=False)
+    assert (facts.sketch.origin_n < 0).sum() == 50
+    kinds = (*["T"] * 299, "rare")
+    write_reference(job / "large", n=2_000, kinds=kinds)
+    facts = collect(
+        job / "out", ReportConfig(model=str(job / "large"), max_cells=100, metrics=False), progress=False
+    )
+    assert "rare" in facts.sketch.label_n[facts.sketch.origin_n < 0]
+
+
+@pytest.mark.parametrize("n", [1, 2])
+def test_hardly_any_cells(job, n):
+    """Of the two, one has a latent; the single one has none."""
+    write_query(job / "plain", "one", n=n)
+    found, _, page = made(job, "plain", model=job / "model")
+    assert found["n_queries"] == 1
+    assert f"{n} cell" in page.text
+
+
+def test_nothing_in_common(job):
+    """Given labels that the reference lacks, none given at all, and a hundred batches."""
+    write_query(job / "plain", "foreign", n=200, batches=[f"b{at:02}" for at in range(100)])
+    amend(job / "plain" / "foreign.zarr", {"kind": pd.Series(["Elf"] * 200)})
+    write_query(job / "plain", "bare")
+    amend(job / "plain" / "bare.zarr", {"kind": pd.Series(["Unknown"] * 40)})
+    _, _, page = made(job, "plain", model=job / "model")
+    assert "0.0%of 200 given labels found" in page.text
+    assert page.text.count("batch b") == 40 + 2
+    assert "and 60 more batches" in page.text
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(UsageError, match="no such folder"):
+        sx.report(tmp_path / "nowhere", tmp_path / "page.html")
 
 
 def test_hostile_names_stay_text(job):
@@ -268,8 +355,6 @@ def test_what_would_make_the_page_too_large_is_left_out(job, monkeypatch):
 
 
 def test_flow_has_same_names_side_by_side_and_folds_rare_ones():
-    import pandas as pd
-
     names = [f"t{i:02}" for i in range(30)]
     counts = pd.DataFrame(np.diag(np.arange(1, 31)), index=names, columns=names)
     svg = pictures.sankey_svg(counts, {})

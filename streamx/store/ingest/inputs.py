@@ -190,6 +190,8 @@ def unique_keys(inputs: list[tuple[Any, str | None]]) -> list[tuple[str, Any]]:
     first: dict[str, Any] = {}
     for key, item in zip(keys, given, strict=True):
         if key in first:
+            if first[key] == item:
+                raise UsageError(f"{item} is given twice", fix="name it once")
             raise UsageError(
                 f"two inputs would both be called {key!r}: {first[key]} and {item}",
                 fix="rename one of them or its folder",
