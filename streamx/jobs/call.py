@@ -13,9 +13,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from streamx.cluster import client_of
-from streamx.errors import SettingsChangedError, UsageError
+from streamx.errors import UsageError
 from streamx.jobs.claims import Seen, claimed, sweep
-from streamx.jobs.plan import PLAN, make_plan, parse_part, part_of, steps_of
+from streamx.jobs.plan import PLAN, added, make_plan, parse_part, part_of, steps_of
 from streamx.jobs.records import check_inputs, finished, forget_failed, read_plan, write_record
 from streamx.jobs.run import Job, error_of, forget
 from streamx.jobs.spread import Query, Spread, in_turn, on_dask, on_workers
@@ -23,7 +23,6 @@ from streamx.jobs.status import status
 from streamx.mapping import UPDATED, read_reference
 from streamx.project.run import sweep_scratch
 from streamx.query import requests
-from streamx.store.journal import first_difference
 from streamx.store.location import Location, open_location
 from streamx.store.manifest import dump
 from streamx.surgery import surgery
@@ -48,6 +47,7 @@ def map_queries(
 
     Whatever is killed meanwhile, the same call goes on, and does nothing again of a query that is finished.
     A query that can't be mapped is recorded with its error, the others go on; the next call tries it again.
+    A call with other files adds these to the job (but for incremental surgery), and maps its own alone.
     Several calls on one output, also on several machines, share the queries. What comes out is the same, bit
     by bit, for any number of workers.
 
@@ -77,8 +77,8 @@ def map_queries(
     Raises
     ------
     SettingsChangedError
-        If the output was planned with another reference, other settings or queries, or the file of a finished
-        query has changed; names the field.
+        If the output was planned with another reference or other settings, or the file of a query is another
+        than planned or has changed since it was mapped; names the field.
     """
     part = (1, 1) if task is None else parse_part(task)
     if settings.get("surgery") == "incremental" and task is not None:
@@ -106,7 +106,7 @@ def map_queries(
 def begin_job(
     reference: str | Path | Location, queries: Any, output: str | Path | Location, settings: dict[str, Any]
 ) -> tuple[Job, list[Query]]:
-    """Write the plan, or find the same one there: the job, and the queries in their order."""
+    """Write the plan, or join the one that is there: the job, and the queries of this call in their order."""
     steps = steps_of(settings)
     source, out = open_location(reference), open_location(output)
     model = load_model(source)
@@ -118,15 +118,28 @@ def begin_job(
     if any(out.exists(name) for name in ("streamx.json", "model.json")):
         raise UsageError("holds a store, view or model", where=str(out), fix="choose another folder")
     if not out.create(PLAN, dump(plan)):
-        before = read_plan(out)
-        field = first_difference(before | {"versions": None}, plan | {"versions": None})
-        if field:
-            raise SettingsChangedError(
-                f"was planned with another {field}",
-                where=str(out),
-                fix="choose another folder; or give the same reference, settings and queries",
-            )
+        _join(out, plan, incremental=steps.map.surgery == "incremental")
     return Job(source, model.id, out, steps), plan["queries"]
+
+
+def _join(out: Location, plan: dict[str, Any], *, incremental: bool) -> None:
+    """Hold a call against the plan of its job, to which it may add queries."""
+    seen = Seen()
+    while True:
+        with claimed(out, PLAN, seen) as ours:
+            before = read_plan(out)
+            more = added(before, plan, str(out))
+            if incremental and plan["queries"] != before["queries"]:
+                raise UsageError(
+                    "incremental surgery takes the queries of its job in their order, these are others",
+                    where=str(out),
+                    fix=f"the same files; or a new job, on the reference {out}/{UPDATED}",
+                )
+            if more and ours:
+                out.write(PLAN, dump(before | {"queries": before["queries"] + more}))
+            if ours or not more:
+                return
+        time.sleep(POLL_SECONDS)
 
 
 def _way(job: Job, client: Any, n_queries: int) -> AbstractContextManager[Spread]:

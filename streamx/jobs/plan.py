@@ -3,7 +3,7 @@
 ::
 
     OUT/
-      map.json                what is mapped onto what; written once
+      map.json                what is mapped onto what; a later call may add queries
       <name>.zarr             cells of a query: latents, labels
       records/<name>.json     what is known of it, or its error; with it the query is finished
       timings/<name>.json     seconds, memory, host: what differs from run to run
@@ -33,7 +33,8 @@ from streamx.config import (
     TransferConfig,
     build,
 )
-from streamx.errors import UsageError
+from streamx.errors import SettingsChangedError, UsageError
+from streamx.store.journal import first_difference
 from streamx.store.location import Location, is_url, relative
 
 if TYPE_CHECKING:
@@ -141,6 +142,26 @@ def make_plan(
         "queries": [{"name": r.name, "source": [_source(item) for item in r.inputs]} for r in requests],
         "versions": {"streamx": streamx.__version__},
     }
+
+
+def added(before: Mapping[str, Any], plan: Mapping[str, Any], where: str) -> list[Any]:
+    """Queries of a call's plan that its job has not yet.
+
+    Raises
+    ------
+    SettingsChangedError
+        If they differ in more than that; names the field.
+    """
+    fix = "choose another folder; or give the same reference and settings, and new files other names"
+    apart = {"versions": None, "queries": None}
+    field = first_difference({**before, **apart}, {**plan, **apart})
+    known = {query["name"]: query["source"] for query in before["queries"]}
+    for query in plan["queries"]:
+        earlier = known.get(query["name"], query["source"])
+        field = field or first_difference(earlier, query["source"], f"file of {query['name']}")
+    if field:
+        raise SettingsChangedError(f"was planned with another {field}", where=where, fix=fix)
+    return [query for query in plan["queries"] if query["name"] not in known]
 
 
 def _source(item: Any) -> str:

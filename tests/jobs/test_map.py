@@ -110,12 +110,25 @@ def test_status_and_a_second_call(
     assert [line.split()[:2] for line in lines[-4:]] == [[f"q0{i}", "done"] for i in range(4)]
 
 
+def test_a_later_call_adds_files_and_maps_its_own_alone(
+    whole: Path, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, model = tmp_path / "out", whole.parent / "model"
+    begun = sx.map(model, files[:1], out, **SETTINGS)
+    found = sx.map(model, files[1:3], out, **SETTINGS)
+    assert [query["name"] for query in begun["queries"]] == ["q00"]
+    assert [query["name"] for query in found["queries"]] == ["q01", "q02"]
+    sx.map(model, [files[3], files[0]], out, **SETTINGS)
+    assert digests(out) == digests(whole)
+    assert (sx.status(out)["n_queries"], sx.status(out)["done"]) == (4, 4)
+
+
 def test_what_was_planned_stays(whole: Path, files: list[str], tmp_path: Path) -> None:
     model = whole.parent / "model"
     with pytest.raises(SettingsChangedError, match=r"settings\.project\.min_features: null -> 1"):
         sx.map(model, files, whole, **SETTINGS, min_features=1)
-    with pytest.raises(SettingsChangedError, match="queries"):
-        sx.map(model, files[:2], whole, **SETTINGS)
+    with pytest.raises(SettingsChangedError, match="another file of q00"):
+        sx.map(model, {"q00": files[1]}, whole, **SETTINGS)
     with pytest.raises(UsageError, match="no obs column 'nothing'"):
         sx.map(model, files, tmp_path / "out", label_key="nothing", **QUIET)
     assert not (tmp_path / "out").exists()
@@ -464,6 +477,9 @@ def test_surgery(
     before = digests(tmp_path / "out")
     sx.map(counts_reference, files[:2], tmp_path / "out", **settings, **QUIET)
     assert digests(tmp_path / "out") == before
+    if mode == "incremental":
+        with pytest.raises(UsageError, match="queries of its job in their order"):
+            sx.map(counts_reference, files[:3], tmp_path / "out", **settings, **QUIET)
     # the other verbs know these latents for those of the reference's space, and another reference's not
     scores = sx.metrics(counts_reference, tmp_path / "out", label_key="type", resolution="1", threads=1)
     assert scores["n_cells"] + scores["n_without_latent"] == 200 + 120
