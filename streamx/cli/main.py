@@ -219,8 +219,11 @@ def _show_warning(
 
 
 @contextlib.contextmanager
-def _terminal(debug: bool) -> Iterator[None]:
-    """Warnings and logs in the shape of our errors, and SIGTERM as an exception, as long as a verb runs."""
+def _terminal(debug: bool, script: bool) -> Iterator[None]:
+    """Warnings and logs in the shape of our errors, and SIGTERM as an exception, as long as a verb runs.
+
+    A `script` that Ctrl-C has ended is deaf to a second one: it would end in a traceback.
+    """
     logger = logging.getLogger("streamx")
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
@@ -234,6 +237,10 @@ def _terminal(debug: bool) -> Iterator[None]:
         logger.setLevel(logging.DEBUG if debug else logging.INFO)
         try:
             yield
+        except KeyboardInterrupt:
+            if script:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            raise
         finally:
             logger.removeHandler(handler)
             logger.setLevel(level)
@@ -257,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = make_parser().parse_args(argv)
     verb: Verb = args.chosen
     try:
-        with _terminal(getattr(args, "debug", False)):
+        with _terminal(getattr(args, "debug", False), script=argv is None):
             result = run_verb(verb, args)
         if os.environ.get("RANK", "0") != "0":  # of the processes that torchrun started, one speaks
             return verb.exit_code(result)
