@@ -129,12 +129,12 @@ def train(
             "holds a store or view", where=str(output), fix="choose another folder for the model"
         )
     if config.model == "scalex":
+        if split is not None:
+            raise UsageError("scalex trains on all cells", fix="leave split out")
         _check_values(view)
     schema = scalex_schema(view) if config.model == "scalex" else counts.schema_of(view, config, network)
     fingerprint = _fingerprint(view, config, network)
     if split is not None:
-        if config.model == "scalex":
-            raise UsageError("scalex trains on all cells", fix="leave split out")
         masks = b"".join(np.packbits(split[name]).tobytes() for name in ("train", "validation"))
         fingerprint |= {"split": hashlib.sha256(masks).hexdigest()}
     card = read_card(location)

@@ -172,7 +172,8 @@ def test_interrupted_training_goes_on(
     places: tuple[Location, Location], reference: ad.AnnData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     there = places[1]
-    view = sx.convert({"ref": reference}, there.below("store"), batch_key="batch", threads=1)
+    store = sx.convert({"ref": reference}, there.below("store"), batch_key="batch", threads=1)
+    view = sx.preprocess(store, there.below("view"), **RNA)
     whole = load_model(sx.train(view, there.below("whole"), **SMALL).path)
     for fails_at in (1, 3, 20, 40):
         model, done, write = there.below(f"model-{fails_at}"), [0], Bucket.write
@@ -203,8 +204,8 @@ def test_a_query_is_whole_or_not_there(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     there = places[1]
-    view = sx.convert({"ref": reference}, there.below("store"), batch_key="batch", threads=1)
-    sx.train(view, there.below("model"), **SMALL)
+    store = sx.convert({"ref": reference}, there.below("store"), batch_key="batch", threads=1)
+    sx.train(sx.preprocess(store, there.below("view"), **RNA), there.below("model"), **SMALL)
     write, out = Bucket.write, there.below("mapped")
     for k in (0, 1, 7, 12):
         left = [k]
