@@ -30,6 +30,7 @@ sys.path.insert(0, str(HERE))
 
 from preprocess import ONE_THREAD  # noqa: E402
 from provenance import commit, machine  # noqa: E402
+from surgery import anonymous  # noqa: E402
 
 RESULTS = HERE / "results" / "atac_whole.jsonl"
 N_TOP, N_BATCHES = 30_000, 4
@@ -59,15 +60,6 @@ def commands(folder: Path, steps: int, variant: str, again: str = "") -> dict[st
             "batch",
         ],
     }
-
-
-def anonymous(pid: int) -> int:
-    """Bytes of memory of a process that can't be given back; 0 when it is gone."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) << 10 for line in status.splitlines() if "RssAnon" in line), 0)
 
 
 def run(verb: str, words: list[str], limit: float | None = None) -> dict[str, Any]:

@@ -2,36 +2,33 @@
 
     python benchmarks/atlas.py --sizes 1000000 5000000
 
-A reference and one query of as many cells each (10 dimensions, 20 labels, 8 and 2 batches, simulated as for
+A reference and one query of as many cells each (10 dimensions, 20 labels, 8 batches, simulated as for
 metrics.py), on disk as `train` and `project` leave them. Each verb is a process of its own: CPU seconds, wall
-time, peaks of private and of all memory, and what it says; one JSON line each, added to results/atlas.jsonl.
+time, peak of anonymous memory, and the numbers that it says; one JSON line each, in results/atlas.jsonl.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
-import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
-import psutil
 from metrics import read, simulate
 from provenance import commit, machine
+from surgery import run
 
 from streamx.store.latents import write_latents
 
 RESULTS = Path(__file__).parent / "results" / "atlas.jsonl"
 N_LATENT = 10
+LABELS = ("--label-key", "kind")
 VERBS = {
-    "transfer": ["--label-key", "kind", "--truth-key", "kind"],
-    "metrics": ["--label-key", "kind"],
-    "plot": ["-o", "figures", "--label-key", "kind"],
+    "transfer": ("{0}/model", "{0}/out", *LABELS, "--truth-key", "kind"),
+    "metrics": ("{0}/model", "{0}/out", *LABELS),
+    "plot": ("{0}/model", "{0}/out", "-o", "{0}/figures", *LABELS),
 }
 
 
@@ -56,28 +53,6 @@ def prepare(folder: Path, n: int) -> None:
     (folder / "model/history.csv").write_text("epoch,loss\n1,2.0\n2,1.0\n")
 
 
-def measured(folder: Path, verb: str) -> dict[str, Any]:
-    words = [sys.executable, "-m", "streamx", verb, "model", "out", *VERBS[verb], "--json"]
-    begun, anonymous, resident, cpu = time.monotonic(), 0, 0, 0.0
-    with (folder / "said").open("w") as said:
-        process = subprocess.Popen(words, stdout=said, stderr=subprocess.DEVNULL, cwd=folder)
-        watched = psutil.Process(process.pid)
-        while process.poll() is None:
-            try:
-                memory, times = watched.memory_full_info(), watched.cpu_times()
-            except psutil.Error:
-                break
-            anonymous, resident = max(anonymous, memory.uss), max(resident, memory.rss)
-            cpu = times.user + times.system
-            time.sleep(0.2)
-    if process.wait():
-        return {"failed": process.returncode}
-    found = {"cpu_s": round(cpu, 1), "wall_s": round(time.monotonic() - begun, 1)}
-    found |= {"peak_uss_mb": anonymous >> 20, "peak_rss_mb": resident >> 20}
-    said = json.loads((folder / "said").read_text())
-    return found | {"said": {name: value for name, value in said.items() if isinstance(value, int | float)}}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -91,7 +66,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as place:
             prepare(Path(place), n)
             for verb in args.verbs:
-                row = about | {"verb": verb, "n_reference": n, "n_query": n} | measured(Path(place), verb)
+                said = run(verb, *(word.format(place) for word in VERBS[verb]))
+                row = about | {"verb": verb, "n_reference": n, "n_query": n}
+                row |= {name: value for name, value in said.items() if isinstance(value, int | float)}
                 print(json.dumps(row), flush=True)
                 with args.out.open("a") as lines:
                     lines.write(json.dumps(row) + "\n")
